@@ -23,7 +23,7 @@ from lora_null.eval_harness.lm_eval.task import LmEvalTask
 from lora_null.eval_harness.results import Evaluation, TaskResult
 from lora_null.eval_harness.statistics import is_mean_of_samples, weighted_mean
 from lora_null.eval_harness.tasks import RunOptions, Task
-from lora_null.utils.distributed import broadcast, device_of, rank_and_world, together
+from lora_null.utils.distributed import broadcast, device_of, num_processes, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import check_float64
 from lora_null.utils.model_state import own_precision, preserve
@@ -155,7 +155,7 @@ def evaluate(
         "dtype": str(model.dtype),
         "autocast_dtype": None if autocast_dtype is None else str(autocast_dtype),
         "batch_size": batch_size,
-        "ranks": rank_and_world()[1],
+        "ranks": num_processes(),
         "device": device_of(model).type,
         "seed": seed,
         "backend": "hf" if lm is None else "vllm",
@@ -183,7 +183,7 @@ def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, opti
     limit = min(filter(None, (task.noise_documents, options.limit)), default=None)
     set_seed(options.seed)
     rows = min(len(max(first.samples.values(), key=len, default=())), limit or math.inf)
-    batch = min(options.batch_size, math.ceil(rows / rank_and_world()[1])) // 2 or 2  # of one that holds all, half too
+    batch = min(options.batch_size, math.ceil(rows / num_processes())) // 2 or 2  # of one that holds all, half too
     options = replace(options, limit=limit, batch_size=batch, record_reference=False)
     again = broadcast(task.run(model, tokenizer, options))
     names = [name for name in again.samples if is_mean_of_samples(first, name) and task.has_noise(name)]

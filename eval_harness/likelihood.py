@@ -24,7 +24,7 @@ from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
 from lora_null.utils.chat import common_prefix
-from lora_null.utils.distributed import device_of, gather, get_logger, is_first_process, merge_shares, on_first_rank
+from lora_null.utils.distributed import device_of, gather, get_logger, is_first_process, merge_shares, on_first_process
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_json, write_safetensors
 from lora_null.utils.limits import PositionLimit, position_limit
@@ -248,7 +248,7 @@ def score_answers(
     if record:
         shares = gather(recorded)
         merged = {name: tensor for share in shares or () for name, tensor in share.items()}
-        on_first_rank(lambda: save_reference(reference, merged, pairs, vocabularies[0]))
+        on_first_process(lambda: save_reference(reference, merged, pairs, vocabularies[0]))
     tokens = np.array([len(pair.ids) - pair.start for pair in pairs])
     if reference is None:
         return AnswerScores(np.array(nll), None, tokens)
@@ -344,7 +344,7 @@ def record_or_read_base(path: Path, pairs: Sequence[TokenizedPair], values: np.n
             raise UserError(f"the reference {path} was recorded for other texts or another tokenizer; record it again")
         return np.array(saved["values"])
 
-    return on_first_rank(read)
+    return on_first_process(read)
 
 
 def hash_pairs(pairs: Sequence[TokenizedPair]) -> str:

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback
 from lora_null.eval_harness.evaluation import evaluate, validate_tasks
 from lora_null.eval_harness.results import Metric
 from lora_null.eval_harness.tasks import Task, reference_path
-from lora_null.utils.distributed import broadcast, get_logger, is_first_process, on_first_rank
+from lora_null.utils.distributed import broadcast, get_logger, is_first_process, on_first_process
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_json, write_text
 from lora_null.utils.model_state import start_that_rewrites
@@ -196,7 +196,7 @@ class Probe(TrainerCallback):
     def _record_reference(self, *, anew: bool) -> None:
         """Record the base's predictions for the tasks that need them and have none, as in a folder that a run is moved to."""
         files = {t.key: reference_path(self.reference_dir, t.reference_file) for t in self.tasks if t.reference_file}
-        missing = on_first_rank(lambda: [key for key, path in files.items() if anew or not path.is_file()])
+        missing = on_first_process(lambda: [key for key, path in files.items() if anew or not path.is_file()])
         if not missing:
             return
         if not anew and not hasattr(self.model, "disable_adapter") and self.trainer.state.global_step:
@@ -238,7 +238,7 @@ class Probe(TrainerCallback):
     def _load_every(self) -> None:
         """Take up what an earlier start of this run has chosen."""
         if self.every is None and (file := self.every_file) is not None:
-            self.every = on_first_rank(lambda: read_json(file)["every"] if file.is_file() else None)
+            self.every = on_first_process(lambda: read_json(file)["every"] if file.is_file() else None)
 
     def save_state(self, checkpoint: Path) -> None:
         """Write what was found so far into a checkpoint; trainers of `lora_null.trainer` call it."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
-from lora_null.utils.distributed import get_logger, rank_and_world
+from lora_null.utils.distributed import get_logger, num_processes, process_index
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit, is_shifted_by_padding, position_limit
 from lora_null.utils.model_state import base_model_of
@@ -211,8 +211,7 @@ def token_batches(
     """
     runs_on = runs_on or device
     most = None if runs_on.type == "cuda" else CPU_TOKENS
-    rank, world = rank_and_world()
-    own = range(rank, len(batches), world)
+    own = range(process_index(), len(batches), num_processes())
     if not own:
         return pieces(batches[0], 0, device, seed, most, runs_on=runs_on, counted=False)[:1]
     return [piece for i in own for piece in pieces(batches[i], i, device, seed, most, runs_on=runs_on)]

@@ -29,7 +29,7 @@ from lora_null.batches import (
     token_batches,
 )
 from lora_null.gram import Gram
-from lora_null.utils.distributed import for_collective, is_first_process, rank_and_world, together
+from lora_null.utils.distributed import for_collective, is_first_process, num_processes, process_index, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import full_precision, preserve
 from lora_null.utils.quantized import base_layer_of, weight_of
@@ -131,7 +131,7 @@ def measure_inputs(
 
     with measuring(model), meter.attached():
         calibration = together(measure)
-    sum_over_ranks(calibration)
+    sum_over_processes(calibration)
     calibration.seconds = time.perf_counter() - start
     return calibration
 
@@ -301,7 +301,7 @@ class LoadBalance:
     """Gives each Gram to the rank with the least to solve so far, in d³; every rank computes the same."""
 
     def __init__(self) -> None:
-        self.load = [0] * rank_and_world()[1]
+        self.load = [0] * num_processes()
 
     def assign(self, inputs: Sequence[InputStats]) -> None:
         """Set the owner of every input, the widest first."""
@@ -310,13 +310,13 @@ class LoadBalance:
             self.load[stats.owner] += len(stats.sketch) ** 3
 
 
-def sum_over_ranks(calibration: Calibration, balance: LoadBalance | None = None) -> None:
+def sum_over_processes(calibration: Calibration, balance: LoadBalance | None = None) -> None:
     """Add the ranks' measurements up, in place: on every rank, but each Gram on its owner alone if `balance` is given.
 
     Raises:
         UserError: an input that is zero on every token.
     """
-    if rank_and_world()[1] > 1:
+    if num_processes() > 1:
         if balance is not None:
             balance.assign(calibration.inputs)
         for stats in calibration.inputs:
@@ -337,7 +337,7 @@ def _sum_gram(stats: InputStats, *, to_owner: bool) -> None:
             dist.all_reduce(here)
             return
         dist.reduce(here, dst=stats.owner)
-    if rank_and_world()[0] != stats.owner:
+    if process_index() != stats.owner:
         stats.gram = None
 
 

@@ -23,7 +23,7 @@ from lora_null.calibration import InputStats
 from lora_null.factors import LayerStart
 from lora_null.layerwise import measure_in_parts
 from lora_null.solver import Rule
-from lora_null.utils.distributed import all_gather, is_first_process, rank_and_world
+from lora_null.utils.distributed import all_gather, is_first_process, process_index
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, read_metadata, read_safetensors, write_json, write_safetensors
 
@@ -96,7 +96,7 @@ def keep_grams(
     all_gather(None)
     with closing(measure_in_parts(model, modules, batches, progress=progress)) as parts:
         for stats in (stats for _, part in parts for stats in part.inputs):
-            if stats.gram is None or stats.owner != rank_and_world()[0]:
+            if stats.gram is None or stats.owner != process_index():
                 continue
             if sketch is None:
                 kept = {"lower": lower_triangle(stats.gram)}

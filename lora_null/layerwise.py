@@ -30,7 +30,7 @@ from lora_null.batches import (
     pieces,
     token_batches,
 )
-from lora_null.calibration import Calibration, InputMeter, LoadBalance, measure_inputs, measuring, sum_over_ranks
+from lora_null.calibration import Calibration, InputMeter, LoadBalance, measure_inputs, measuring, sum_over_processes
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.utils.distributed import device_of, get_logger, is_first_process, processes_here, together
 from lora_null.utils.errors import UserError
@@ -141,7 +141,7 @@ def walk_layers(
                 with meter.attached():
                     part = together(run)
                 if targets:
-                    sum_over_ranks(part, balance)
+                    sum_over_processes(part, balance)
                     part.seconds = time.perf_counter() - start
                     yield name, part
             if weights is not None:

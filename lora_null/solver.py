@@ -17,7 +17,14 @@ from lora_null.factors import LayerStart, LayerStats, leakage, null_factors, pro
 from lora_null.layer import NullBasis, factors_of
 from lora_null.nullspace import Eigenspace, bottom_eigenspace, outer_eigenspace
 from lora_null.store import LayerResult
-from lora_null.utils.distributed import all_gather, broadcast_tensor, get_logger, rank_and_world, together
+from lora_null.utils.distributed import (
+    all_gather,
+    broadcast_tensor,
+    get_logger,
+    num_processes,
+    process_index,
+    together,
+)
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
 
@@ -135,22 +142,21 @@ class LayerSolver:
             _is_narrow(layer.in_features, layer.get_base_layer().weight.device) for layer in self.layers.values()
         )
         threads = min(all_gather(torch.get_num_threads())) if narrow else 1  # the same on every machine
-        return rank_and_world()[1] * min(threads, MOST_TOGETHER)
+        return num_processes() * min(threads, MOST_TOGETHER)
 
     def solve(self, parts: Mapping[str, Calibration]) -> dict[str, LayerResult]:
         """Write A0 and B0 of the parts on every rank and drop their Grams; return the solved parts by name, in order."""
         start = time.perf_counter()
         inputs = [measured for part in parts.values() for measured in part.inputs]
         solved = together(partial(self._solve_owned, inputs))
-        if rank_and_world()[1] > 1:
+        if num_processes() > 1:
             solved = self._share(inputs, solved)
         self.seconds += time.perf_counter() - start
         return {name: self._result(part, solved) for name, part in parts.items()}
 
     def _solve_owned(self, inputs: Sequence[InputStats]) -> dict[str, Solved]:
         """Solve what this rank owns, the widest first; narrow inputs on a CPU side by side, one thread each."""
-        rank = rank_and_world()[0]
-        owned = sorted((x for x in inputs if x.owner == rank), key=lambda measured: -len(measured.sketch))
+        owned = sorted((x for x in inputs if x.owner == process_index()), key=lambda measured: -len(measured.sketch))
         narrow = [measured for measured in owned if _is_narrow(len(measured.sketch), measured.sketch.device)]
         solved: dict[str, Solved] = {}
         for measured in owned[: len(owned) - len(narrow)]:  # the wide come first

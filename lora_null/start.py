@@ -34,7 +34,7 @@ from lora_null.layerwise import ALL, Form, measure_in_parts, visit_layers
 from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
 from lora_null.store import LayerResult
-from lora_null.utils.distributed import all_gather, broadcast, device_of, get_logger, on_first_rank, together
+from lora_null.utils.distributed import all_gather, broadcast, device_of, get_logger, on_first_process, together
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.files import cache_root, write_json
 from lora_null.utils.limits import check_float64
@@ -231,8 +231,8 @@ def compute_start(
     path = store.cached_folder(key) if cached else folder
     with own_precision(model), contextlib.ExitStack() as locks:
         if cached:
-            on_first_rank(lambda: locks.enter_context(store.in_use(path)))
-        done = on_first_rank(lambda: _finished_parts(path, key))
+            on_first_process(lambda: locks.enter_context(store.in_use(path)))
+        done = on_first_process(lambda: _finished_parts(path, key))
         _report_reuse(done, adapted, path)
         if rule is not None:
             solver = LayerSolver(layers, adapter_name, rule)
@@ -240,7 +240,7 @@ def compute_start(
         else:
             parts = done or {ALL: _measured_alone(model, layers, measured, options, whole, key)}
             if path and not done:
-                on_first_rank(lambda: store.write_part(path, ALL, parts[ALL]))
+                on_first_process(lambda: store.write_part(path, ALL, parts[ALL]))
         lines = {line.name: line for part in parts.values() for line in part.stats}
         seconds = {
             "calibrate": sum(part.measured.seconds for part in parts.values()),
@@ -248,7 +248,7 @@ def compute_start(
             "all": time.perf_counter() - start,
         }
         report = LayerReport(count_tokens(measured), base, key, name, seconds, [lines[name] for name in adapted])
-        on_first_rank(lambda: _finish(report, path, folder))
+        on_first_process(lambda: _finish(report, path, folder))
     if isinstance(getattr(rule, "inner", rule), NullSpace):
         _report_small(report, layers)
     return _start_of(report, parts)
@@ -275,7 +275,7 @@ def _solve_layers(
                 for name, part in solver.solve(batch_of_parts).items():
                     parts[name], part.key = part, key
                     if path:
-                        on_first_rank(functools.partial(store.write_part, path, name, part))
+                        on_first_process(functools.partial(store.write_part, path, name, part))
         except BaseException as error:
             _reset(layers, solver.adapter_name)
             if isinstance(error, NotFinite):
@@ -418,7 +418,7 @@ def _key(
 
 def _can_write_cache() -> bool:
     """Return whether the cache can be written; a line says so where it cannot. All ranks call it."""
-    able = on_first_rank(store.can_keep)
+    able = on_first_process(store.can_keep)
     if not able:
         logger.warning(
             f"initialization: not kept, {cache_root()} cannot be written ($LORA_NULL_CACHE names another place)"

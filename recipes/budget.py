@@ -27,7 +27,7 @@ from lora_null.recipes.comparisons import paired_gain
 from lora_null.recipes.config.schema import BudgetSection, Recipe
 from lora_null.recipes.probes import ProbePlan
 from lora_null.recipes.results import MIN_ROWS, Budget, Estimate, GivenUp, kind_of
-from lora_null.utils.distributed import is_first_process, on_first_rank
+from lora_null.utils.distributed import is_first_process, on_first_process
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.files import read_safetensors, write_safetensors
 from lora_null.utils.sharding import whole_parameters
@@ -218,7 +218,7 @@ class BudgetProbe(Probe):
         """Put the model back to its last state within the budget; return whether it moved."""
         if not self.reached or self.last_within is None:
             return False
-        kept = on_first_rank(lambda: self.kept)
+        kept = on_first_process(lambda: self.kept)
         with torch.no_grad(), whole_parameters(*_owners(self.model), write=True):
             for name, parameter in _trained(self.model):
                 parameter.copy_(kept[name])

@@ -23,7 +23,7 @@ from lora_null.recipes.data.calibration import Source
 from lora_null.recipes.models.bases import attention, base_to_run, model_identity
 from lora_null.recipes.results import EVAL_FILE
 from lora_null.trainer import CalibrationArgs, own_texts
-from lora_null.utils.distributed import is_first_process, on_first_rank
+from lora_null.utils.distributed import is_first_process, on_first_process
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import cache_root, hash_of, keep_newest, link, replacing_folder, write_json
 
@@ -104,7 +104,7 @@ def texts_writer(
 
     def write(source: Source, count: int) -> list[str]:
         path = cache_root() / "own_texts" / f"{_texts_key(section, name, source, count, cut)}.json"
-        texts = on_first_rank(lambda: _read_texts(path)) if cache else None
+        texts = on_first_process(lambda: _read_texts(path)) if cache else None
         if texts is not None:
             if is_first_process():
                 print(f"calibration: {count} texts that the model wrote before ({path})")
@@ -112,7 +112,7 @@ def texts_writer(
         options = {"count": count, "max_tokens": cut.max_length, "prompts": source.prompts, "seed": cut.seed}
         texts = own_texts(base(), tokenizer, **options)
         if cache:
-            on_first_rank(lambda: _keep_texts(path, texts))
+            on_first_process(lambda: _keep_texts(path, texts))
         return texts
 
     return write

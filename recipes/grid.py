@@ -62,7 +62,7 @@ from lora_null.recipes.results import (
 )
 from lora_null.recipes.run import run_job
 from lora_null.recipes.training import training_arguments
-from lora_null.utils.distributed import is_first_process, on_first_rank, together
+from lora_null.utils.distributed import is_first_process, on_first_process, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import hash_of
 
@@ -176,10 +176,10 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
     passes = (False, True) if processes.workers() > 1 and processes.is_first_worker() else (False,)
     for wait, cell in itertools.product(passes, cells):
         with processes.hold_run_folder(root / cell.folder, wait=wait) as held:
-            if not held or on_first_rank(lambda cell=cell: output.is_finished(root / cell.folder)):
+            if not held or on_first_process(lambda cell=cell: output.is_finished(root / cell.folder)):
                 continue
             own = cell.recipe(recipe, root)
-            on_first_rank(lambda own=own: output.claim(own, resume=True, overwrite=False))
+            on_first_process(lambda own=own: output.claim(own, resume=True, overwrite=False))
             if job is None or job.recipe.seed != cell.seed or not starts_alike(recipe.grid):
                 job = _checked_job(recipe, own, root / "base", allow_code_execution)
             alike = functools.partial(_started_alike, recipe, root, cell)
@@ -187,7 +187,7 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
                 job,  # with the windows that a run of the seed has had the model write
                 recipe=own,
                 folder=Path(own.output_dir),
-                shared_init=on_first_rank(alike) if starts_alike(recipe.grid) else {},
+                shared_init=on_first_process(alike) if starts_alike(recipe.grid) else {},
                 keep_weights=recipe.grid.keep_weights,
             )
 

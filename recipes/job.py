@@ -45,7 +45,7 @@ from lora_null.recipes.training import read_training_data, training_arguments
 from lora_null.store import find_initialization, read_report
 from lora_null.trainer import CalibrationArgs
 from lora_null.trainer.preflight import check_predicts_next_token, raise_or_warn
-from lora_null.utils.distributed import all_gather, get_logger, rank_and_world
+from lora_null.utils.distributed import all_gather, get_logger, num_processes
 from lora_null.utils.errors import Unreachable, UserError
 from lora_null.utils.files import hash_of
 from lora_null.utils.limits import PositionLimit, position_limit
@@ -178,7 +178,7 @@ def inputs_of(job: Job) -> dict[str, str]:
 
 def check_same_everywhere(job: Job) -> None:
     """Raise a UserError where processes have other recipes or rows, as machines whose files differ. All call it together."""
-    if rank_and_world()[1] == 1:
+    if num_processes() == 1:
         return
     own = {"the recipe": hash_of(dump(without_folders(job.recipe))), **inputs_beside_the_base(job)}
     if Path(job.model_name).is_dir():

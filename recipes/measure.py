@@ -28,7 +28,7 @@ from lora_null.recipes.models.bases import base_to_run
 from lora_null.recipes.probes import probe_folder
 from lora_null.recipes.report.dial import Dial, DialPoint, write_dial
 from lora_null.recipes.results import EVAL_FILE, Row, Seconds
-from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank
+from lora_null.utils.distributed import get_logger, is_first_process, on_first_process
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import read_json, write_safetensors, write_text
 
@@ -77,7 +77,7 @@ def _find_or_measure(
             print("base: results of an earlier run with the same settings (eval.cache=false measures again)")
         return fetched
 
-    if on_first_rank(restore):  # which writes the file that the others would look for
+    if on_first_process(restore):  # which writes the file that the others would look for
         return Evaluation.read(saved)
     found = measure()
     if is_first_process() and key:

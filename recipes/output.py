@@ -28,7 +28,7 @@ from lora_null.recipes.config.run_folder import (
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.results import EVAL_FILE, RESULTS_FILE, ROW_FILE, load_results, validated
 from lora_null.trainer.checkpoints import last_checkpoint
-from lora_null.utils.distributed import all_gather, on_first_rank
+from lora_null.utils.distributed import all_gather, on_first_process
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import PART, beside, cache_root, read_json, remove_parts, write_json, write_text
 
@@ -80,7 +80,7 @@ def hold_output_folder(
             (mark := beside(folder / LOCK_FILE)).touch()
             return mark
 
-        _check_shared(folder, on_first_rank(claim_and_lock))
+        _check_shared(folder, on_first_process(claim_and_lock))
         yield
 
 

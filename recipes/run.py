@@ -72,7 +72,7 @@ from lora_null.store import REPORT_FILE, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.trainer.methods.base import can_start_in_files
-from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
+from lora_null.utils.distributed import get_logger, is_first_process, on_first_process, together
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import link, replacing_folder, write_json
 from lora_null.utils.sharding import count, is_launched_with_fsdp2
@@ -152,13 +152,13 @@ def _write_windows(job: Job) -> Windows:
 def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
     """Train and evaluate one method; a finished one is read back."""
     folder = job.folder / plan.name
-    if (finished := on_first_rank(lambda: read_row(folder))) is not None:  # whose file system has it first
+    if (finished := on_first_process(lambda: read_row(folder))) is not None:  # whose file system has it first
         return finished
     reset_peak_memory()
     trainer = _make_trainer(job, plan, folder)
     probe = _add_probe(job, trainer, folder)
     trackers = Trackers(trainer)
-    checkpoint = on_first_rank(lambda: last_checkpoint(folder))
+    checkpoint = on_first_process(lambda: last_checkpoint(folder))
     init_before = 0.0 if checkpoint is None else _init_before(job, plan, folder)
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -382,7 +382,7 @@ def _run_name(job: Job, plan: MethodPlan) -> str:
 def _copy_initialization(job: Job, plan: MethodPlan, folder: Path) -> bool:
     """Copy the initialization of a finished run that started in the same way; return whether there was one."""
     source = job.shared_init.get(plan.name)
-    if source is None or not on_first_rank(lambda: (source / "init" / REPORT_FILE).is_file()):
+    if source is None or not on_first_process(lambda: (source / "init" / REPORT_FILE).is_file()):
         return False
     if is_first_process():
         shutil.copytree(source / "init", folder / "init", dirs_exist_ok=True, copy_function=link)

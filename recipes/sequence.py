@@ -54,7 +54,7 @@ from lora_null.recipes.run import run_job
 from lora_null.recipes.trained import weights_in
 from lora_null.start import DEFAULTS
 from lora_null.trainer.calibration_data import kept_part, padded_batches
-from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
+from lora_null.utils.distributed import get_logger, is_first_process, on_first_process, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
 
@@ -92,8 +92,8 @@ def run_sequence(
     ):
         for number, job in enumerate(jobs):
             job = jobs[number] = with_earlier(recipe, job, jobs[:number])
-            if not on_first_rank(lambda job=job: output.is_finished(job.folder)):
-                on_first_rank(lambda job=job: output.claim(job.recipe, resume=True, overwrite=False))
+            if not on_first_process(lambda job=job: output.is_finished(job.folder)):
+                on_first_process(lambda job=job: output.claim(job.recipe, resume=True, overwrite=False))
                 run_job(job)
             for plan in job.plans if number + 1 < len(jobs) else ():
                 _keep_grams(recipe, job, plan)
@@ -199,7 +199,7 @@ def _goes_on(folder: Path) -> bool:
         row = read_row(folder)
         return weights_in(folder) is not None and (row is None or row.diverged is None)
 
-    return on_first_rank(goes_on)  # whose file system has it first
+    return on_first_process(goes_on)  # whose file system has it first
 
 
 def _uses_grams(recipe: Recipe, name: str) -> bool:
@@ -218,7 +218,7 @@ def training_ids(job: Job) -> list[list[int]]:
 def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:
     """Measure what a task's rows look like to the model after it, for the tasks to come."""
     folder = job.folder / plan.name
-    if not _uses_grams(recipe, plan.name) or on_first_rank(lambda: (folder / GRAMS / COMPLETE).is_file()):
+    if not _uses_grams(recipe, plan.name) or on_first_process(lambda: (folder / GRAMS / COMPLETE).is_file()):
         return
     if not _goes_on(folder):
         return

@@ -22,7 +22,7 @@ from lora_null.recipes.job import Job
 from lora_null.recipes.models.bases import base_to_run
 from lora_null.recipes.results import Answered, Answers, Results
 from lora_null.recipes.trained import weights_in
-from lora_null.utils.distributed import on_first_rank
+from lora_null.utils.distributed import on_first_process
 from lora_null.utils.model_state import own_precision, preserve
 
 MAX_NEW_TOKENS = 32
@@ -39,7 +39,7 @@ def side_by_side(job: Job, results: Results, evaluations: Evaluations) -> Answer
     }
     if task is None or not weights:
         return None
-    chosen = on_first_rank(lambda: choose(results, evaluations, task.name, job.recipe.eval.examples))
+    chosen = on_first_process(lambda: choose(results, evaluations, task.name, job.recipe.eval.examples))
     if not chosen:
         return None
     metric, questions = chosen

@@ -20,7 +20,7 @@ from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes import caches, measure, output
 from lora_null.trainer.methods.from_peft import EVA
-from lora_null.utils.distributed import all_gather, on_first_rank, together
+from lora_null.utils.distributed import all_gather, on_first_process, together
 from lora_null.utils.files import write_text
 
 BATCHES = random_batches(count=4)
@@ -150,7 +150,7 @@ CASES = {
     "writing": cannot_write,
     "data": lambda folder: together(lambda: only_on(1, refuse)),
     "two folders": two_folders,
-    "first": lambda folder: on_first_rank(refuse),
+    "first": lambda folder: on_first_process(refuse),
     "none": lambda folder: start(folder=folder / "fine"),
     "kept base": kept_base,
     "EVA": lambda folder: eva(),

@@ -264,13 +264,14 @@ def test_the_anchor_s_texts_are_shared_out_among_processes_and_passes(tmp_path, 
     runs = []
     trainer.model.register_forward_pre_hook(lambda *_: runs.append(1))
 
-    def value(rank, world, passes):
-        monkeypatch.setattr("lora_null.trainer.methods.kl_anchor.rank_and_world", lambda: (rank, world))
+    def value(index, world, passes):
+        monkeypatch.setattr("lora_null.trainer.methods.kl_anchor.process_index", lambda: index)
+        monkeypatch.setattr("lora_null.trainer.methods.kl_anchor.num_processes", lambda: world)
         terms = [trainer.method.extra_loss(trainer, trainer.model, MicroBatch(3, i, passes)) for i in range(passes)]
         return [term["anchor_kl"].value.item() for term in terms if term], len(runs)
 
     with torch.no_grad():
-        found, ran = zip(*(value(rank, world, passes) for rank in range(world)))
+        found, ran = zip(*(value(index, world, passes) for index in range(world)))
         shares, ran = list(found), [b - a for a, b in zip((0, *ran), ran)]
         assert len({len(share) for share in shares}) == len(set(ran)) == 1  # all of them run the model as often
         assert sum(map(sum, shares)) / world == pytest.approx(sum(value(0, 1, 1)[0]), rel=1e-5)

@@ -249,7 +249,7 @@ def test_a_reference_that_was_removed_is_measured_again(tmp_path, capsys, kept):
 def test_processes_that_read_other_rows_are_refused(tmp_path, monkeypatch):
     job = check_run(load_recipe(str(make_world(tmp_path, method={"name": "lora", "rank": 4}))))
     check_same_everywhere(job)
-    monkeypatch.setattr("lora_null.recipes.job.rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr("lora_null.recipes.job.num_processes", lambda: 2)
     own = []
     for folder in ("here", "there"):  # equal files that lie elsewhere are no difference
         recipe = load_recipe(str(make_world(tmp_path / folder, method={"name": "lora", "rank": 4})))

@@ -78,7 +78,7 @@ from lora_null.trainer.reference import check_reference, check_reference_stays, 
 from lora_null.trainer.training_watch import TrainingWatch
 from lora_null.trainer.trl_internals import arguments_by_name, check_fused_head, let_copies_compute
 from lora_null.trainer.weights_in_files import WeightsInFilesMixin, leave_in_files
-from lora_null.utils.distributed import all_gather, get_logger, on_first_rank, together
+from lora_null.utils.distributed import all_gather, get_logger, on_first_process, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_json
 from lora_null.utils.limits import position_limit, why_unsupported
@@ -405,7 +405,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         folder = Path(self.args.output_dir)
         wanted = resume_from_checkpoint
         if wanted is True:
-            wanted = on_first_rank(lambda: last_checkpoint(folder))
+            wanted = on_first_process(lambda: last_checkpoint(folder))
         if resume_from_checkpoint is True and wanted is None:
             raise UserError(f"resume: no whole checkpoint in {folder}")
         checkpoint = Path(wanted) if wanted else None

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_null.utils.chat import without_bos
-from lora_null.utils.distributed import device_of, get_logger, merge_shares, rank_and_world
+from lora_null.utils.distributed import device_of, get_logger, is_first_process, merge_shares
 from lora_null.utils.errors import UserError
 from lora_null.utils.limits import position_limit
 from lora_null.utils.model_state import base_model_of, preserve, replaced
@@ -63,7 +63,7 @@ def own_texts(
 
     def compute() -> dict[int, str]:
         texts = {}
-        bar = tqdm(total=count, desc=progress, unit=" texts", disable=rank_and_world()[0] != 0)
+        bar = tqdm(total=count, desc=progress, unit=" texts", disable=not is_first_process())
         with bar:
             for number in share:
                 rows = [starts[i % len(starts)] for i in batches[number]]

@@ -27,7 +27,7 @@ from lora_null.eval_harness.lm_eval.model import BlankLM, ShardedLM, lm_eval_sil
 from lora_null.eval_harness.lm_eval.private_names import bootstrap_in_this_process, needs_consent
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.tasks import TASK_FILES, RunOptions, Task
-from lora_null.utils.distributed import get_logger, is_first_process, rank_and_world, slowly_on_first_rank
+from lora_null.utils.distributed import get_logger, is_first_process, num_processes, slowly_on_first_process
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.limits import PositionLimit, position_limit
 from lora_null.utils.model_state import replaced
@@ -244,11 +244,11 @@ class LmEvalTask(Task):
                     fewshot_as_multiturn=self.chat,  # as lm-eval's command does
                 )
 
-        later = self._trial.used_jail and rank_and_world()[1] > 1 and isinstance(lm, ShardedLM)
+        later = self._trial.used_jail and num_processes() > 1 and isinstance(lm, ShardedLM)
         results = evaluated(run_programs=first and not later)
         if later:
             lm.replay = True
-            results = _kept_on_first_rank(lambda: evaluated(run_programs=True)) or results
+            results = _kept_on_first_process(lambda: evaluated(run_programs=True)) or results
         settings = {"versions": results["versions"], "num_fewshot": results["n-shot"]}
         found = TaskResult(settings=json.loads(json.dumps(settings, default=str)))
         for name, source in self.result_names(self.loaded, results).items():
@@ -309,10 +309,10 @@ class LmEvalTask(Task):
         return names
 
 
-def _kept_on_first_rank(compute: Callable[[], Any]) -> Any:
+def _kept_on_first_process(compute: Callable[[], Any]) -> Any:
     """Compute on rank 0 while the others wait; return the result there, where it stays, and None elsewhere."""
     kept = []
-    slowly_on_first_rank(lambda: kept.append(compute()))
+    slowly_on_first_process(lambda: kept.append(compute()))
     return kept[0] if kept else None
 
 

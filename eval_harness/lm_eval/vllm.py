@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_null.adapters.inspection import VLLM_RANKS, vllm_rank
-from lora_null.utils.distributed import rank_and_world
+from lora_null.utils.distributed import num_processes
 from lora_null.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def check_vllm(tensor_parallel: int = 1) -> None:
     """Raise a UserError, before anything is spent, where vLLM cannot be used."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("eval.backend: vllm is not installed here; eval.backend=hf evaluates without it")
-    if rank_and_world()[1] > 1:
+    if num_processes() > 1:
         raise UserError("eval.backend: vllm wants one process, which it spreads over the GPUs itself; use hf")
     if tensor_parallel > max(1, here := torch.cuda.device_count()):
         raise UserError(f"eval.vllm.tensor_parallel: asks for {tensor_parallel} GPUs, and {here} are here")

@@ -24,7 +24,7 @@ from lora_null.eval_harness.mt_bench.judge import NEED_REFERENCE, Judge, JudgeEr
 from lora_null.eval_harness.results import Metric, Role, TaskResult
 from lora_null.eval_harness.statistics import mean_and_error
 from lora_null.eval_harness.tasks import RunOptions, Task
-from lora_null.utils.distributed import get_logger, slowly_on_first_rank
+from lora_null.utils.distributed import get_logger, slowly_on_first_process
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import write_text
 from lora_null.utils.limits import PositionLimit
@@ -145,7 +145,7 @@ class MTBenchTask(Task):
             raise UserError(f"{self}: needs output_dir, where its answers and grades are kept")
         questions, folder = self.questions[: options.limit], options.output_dir / self.output_folder
         answers = self._answer(model, tokenizer, questions, options)
-        grades = slowly_on_first_rank(lambda: self._grade(questions, answers, folder, options.progress))
+        grades = slowly_on_first_process(lambda: self._grade(questions, answers, folder, options.progress))
         found = scores(self.name, self.role, [question["question_id"] for question in questions], grades)
         found.settings["judged"] = len(grades)
         if self.judge is not None:

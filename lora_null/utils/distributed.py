@@ -38,7 +38,7 @@ def for_collective(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def broadcast_tensor(tensor: torch.Tensor, src: int) -> None:
     """Give every rank the numbers that rank `src` has, in place; nothing in a world of one."""
-    if rank_and_world()[1] > 1:
+    if num_processes() > 1:
         with for_collective(tensor) as here:
             dist.broadcast(here, src=src)
 
@@ -50,11 +50,14 @@ def broadcast_like(tensor: torch.Tensor | None, like: torch.Tensor, owner: int) 
     return shared
 
 
-def rank_and_world() -> tuple[int, int]:
-    """Return (rank, number of ranks); (0, 1) outside torch.distributed."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+def process_index() -> int:
+    """Return which process of the group this is; 0 outside torch.distributed."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_processes() -> int:
+    """Return how many processes the group has; 1 outside torch.distributed."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def processes_here() -> int:
@@ -64,7 +67,7 @@ def processes_here() -> int:
 
 def is_first_process() -> bool:
     """Return whether this is the one process of all that writes files and prints."""
-    return rank_and_world()[0] == 0
+    return process_index() == 0
 
 
 @functools.cache
@@ -88,44 +91,42 @@ def get_logger(name: str) -> logging.LoggerAdapter:
 
 def broadcast(value: Any) -> Any:
     """Return rank 0's `value` (any picklable object) on every rank."""
-    if rank_and_world()[1] == 1:
+    if num_processes() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def on_first_rank(act: Callable[[], Any]) -> Any:
+def on_first_process(act: Callable[[], Any]) -> Any:
     """Run `act` on rank 0 alone and return its result on every rank; what it raises ends all of them, as `together`."""
     return broadcast(together(lambda: act() if is_first_process() else None))
 
 
-def slowly_on_first_rank(act: Callable[[], Any]) -> Any:
-    """As `on_first_rank`, for what may take longer than a collective may wait: all ranks meet every few seconds."""
-    if rank_and_world()[1] == 1:
+def slowly_on_first_process(act: Callable[[], Any]) -> Any:
+    """As `on_first_process`, for what may take longer than a collective may wait: all ranks meet every few seconds."""
+    if num_processes() == 1:
         return act()
     with ThreadPoolExecutor(1) as pool:
         doing = pool.submit(act) if is_first_process() else None
         while not broadcast(doing is not None and bool(wait([doing], timeout=MEET_SECONDS).done)):
             pass
-    return on_first_rank(lambda: doing.result() if doing is not None else None)
+    return on_first_process(lambda: doing.result() if doing is not None else None)
 
 
 def gather(value: Any) -> list[Any] | None:
     """Return every rank's `value` in rank order on rank 0, None on the others."""
-    rank, world = rank_and_world()
-    if world == 1:
+    if num_processes() == 1:
         return [value]
-    values = [None] * world if rank == 0 else None
+    values = [None] * num_processes() if is_first_process() else None
     dist.gather_object(value, values, dst=0)
     return values
 
 
 def all_gather(value: Any) -> list[Any]:
     """Return every rank's `value` in rank order, on every rank."""
-    world = rank_and_world()[1]
-    values = [value] * world
-    if world > 1:
+    values = [value] * num_processes()
+    if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 

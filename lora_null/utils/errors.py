@@ -83,14 +83,14 @@ def exit_status(command: Callable[[], int | None]) -> int:
         return 1
 
 
-def launched_rank() -> int:
+def launched_index() -> int:
     """Return which of several processes a launcher has started this one as; a RANK without a WORLD_SIZE is a leftover."""
     return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def _tell(message: str, head: str = "error: ") -> None:
     """Print a message once per machine: a mistake may be one machine's alone, as a file that is not there."""
-    first = launched_rank() == 0 or os.environ.get("LOCAL_RANK") == "0"
+    first = launched_index() == 0 or os.environ.get("LOCAL_RANK") == "0"
     if first and int(os.environ.get(WORKER, 0)) == 0:
         tqdm.write(f"{head}{message}", file=sys.stderr)  # on a line of its own, whatever bar was running
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lora_null.utils.distributed import rank_and_world
+from lora_null.utils.distributed import num_processes, process_index
 from lora_null.utils.model_state import base_model_of
 
 
@@ -104,7 +104,7 @@ def shard_layers(model: nn.Module, device: torch.device) -> None:
         model: whole, or without weights (meta device).
         device: of the kind that it is to run on.
     """
-    mesh = init_device_mesh(device.type, (rank_and_world()[1],))
+    mesh = init_device_mesh(device.type, (num_processes(),))
     inner = base_model_of(model)
     lists = [(name, module) for name, module in inner.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [(name, x) for name, x in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
@@ -148,5 +148,5 @@ def my_share(keys: Iterable[int], model: nn.Module) -> list[int]:
     Where the model's parameters are sharded, every forward pass needs every rank, and generation stops at a different
     length for each batch; then all ranks compute everything in step, which is slow and always right.
     """
-    rank, world = (0, 1) if parameters_are_sharded(model) else rank_and_world()
-    return [position for position, key in enumerate(keys) if key % world == rank]
+    index, total = (0, 1) if parameters_are_sharded(model) else (process_index(), num_processes())
+    return [position for position, key in enumerate(keys) if key % total == index]

@@ -30,7 +30,7 @@ from lora_null.recipes.report.dial import DIAL_FOLDER, dial_summary, dial_table,
 from lora_null.recipes.report.render import print_columns
 from lora_null.recipes.results import EVAL_FILE, MIN_ROWS
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
-from lora_null.utils.distributed import get_logger, is_first_process, on_first_rank, together
+from lora_null.utils.distributed import get_logger, is_first_process, on_first_process, together
 from lora_null.utils.errors import UserError
 
 logger = get_logger(__name__)
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     source, job = together(check)
     out = folder_for(source, arguments)
     if job.base.parent == out:
-        on_first_rank(lambda: _make_anew(job.base))
+        on_first_process(lambda: _make_anew(job.base))
     evaluate_base(job)
     model = load_adapted(source)
     found = measure_strengths(job, source.method, model, out, arguments.strengths)

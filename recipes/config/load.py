@@ -25,7 +25,7 @@ from lora_null.recipes.config.schema import (
     split_names,
 )
 from lora_null.recipes.config.yaml_text import Dumper, parse_value, parse_yaml, yaml_reason
-from lora_null.utils.errors import UserError, launched_rank, nearest
+from lora_null.utils.errors import UserError, launched_index, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
             value = text
         value = text if isinstance(value, dict | list) and is_text(key) else value  # "Q: {question}"
         if key in given:  # as a line that is put together of a script's words and one's own has it
-            if launched_rank() == 0:
+            if launched_index() == 0:
                 logger.warning(f"argument {key}: is given twice, the last counts")
         elif twice := next((own for own in overridden_keys({key: value}) if own in overridden_keys(given)), None):
             raise UserError(f"argument {twice}: is given twice, alone and within its section")

@@ -133,10 +133,10 @@ def test_nothing_runs_without_consent(model, tokenizer, write):
 
 
 @pytest.mark.parametrize("task, row", [("sandbox_humaneval", HUMANEVAL), ("sandbox_mbpp", MBPP)])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_right_answers_score_1_and_wrong_ones_0(model, tokenizer, write, monkeypatch, task, row, ranks):
-    """Through lm-eval, with the model's text replaced: one right answer and two wrong ones. Where other ranks wait, programs
-    run while they meet, on the answers that are there."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_right_answers_score_1_and_wrong_ones_0(model, tokenizer, write, monkeypatch, task, row, processes):
+    """Through lm-eval, with the model's text replaced: one right answer and two wrong ones. Where other
+    processes wait, programs run while they meet, on the answers that are there."""
     from lora_null.eval_harness.lm_eval import model as lm
     from lora_null.eval_harness.lm_eval import task as running
 
@@ -150,8 +150,8 @@ def test_right_answers_score_1_and_wrong_ones_0(model, tokenizer, write, monkeyp
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(act).result()
 
-    monkeypatch.setattr(running, "rank_and_world", lambda: (0, ranks))
-    monkeypatch.setattr(running, "slowly_on_first_rank", in_a_thread)
+    monkeypatch.setattr(running, "num_processes", lambda: processes)
+    monkeypatch.setattr(running, "slowly_on_first_process", in_a_thread)
     right = row.get("canonical_solution") or row["code"]
     answers = iter([right, "    return None", "```python\nraise"])
     answer = lambda self, requests, **_: [next(answers) for _ in requests]  # noqa: E731
@@ -162,4 +162,4 @@ def test_right_answers_score_1_and_wrong_ones_0(model, tokenizer, write, monkeyp
     monkeypatch.setattr(running, "use_jail", used)
     found = evaluate(model, tokenizer, asked)
     assert found.samples[task] == [1.0, 0.0, 0.0]
-    assert ran == ([(True, True)] if ranks == 1 else [(False, True), (True, False)])
+    assert ran == ([(True, True)] if processes == 1 else [(False, True), (True, False)])

@@ -16,7 +16,7 @@ from lora_null.layerwise import measure_in_parts
 from lora_null.start import InitOptions
 from lora_null.trainer.methods.base import check_no_dora, check_option, method
 from lora_null.trainer.methods.gradients import FromGradient, take_gradients
-from lora_null.utils.distributed import broadcast_like, rank_and_world, together
+from lora_null.utils.distributed import broadcast_like, process_index, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
 
@@ -87,7 +87,7 @@ class KeepLoRA(FromGradient):
             base = layers[name].get_base_layer()
             gradient = base._peft_loraga_grad.T if isinstance(base, Conv1D) else base._peft_loraga_grad
             del base._peft_loraga_grad
-            if inputs.owner != rank_and_world()[0] or inputs.gram is None:
+            if inputs.owner != process_index() or inputs.gram is None:
                 continue
             layer, r = layers[name], layers[name].r[adapter]
             kept = kept_directions(weight_of(layer), inputs.gram, self.weight_energy, self.input_energy)

@@ -11,7 +11,7 @@ from torch import nn
 from lora_null.drift import token_kl
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.methods.base import Method, MicroBatch, Term, check_count, check_option, method
-from lora_null.utils.distributed import device_of, rank_and_world
+from lora_null.utils.distributed import device_of, num_processes, process_index
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import base_model_of, replaced, trains_biases
 
@@ -83,7 +83,7 @@ class KLAnchor(Method):
     def extra_loss(self, trainer: Any, model: nn.Module, micro_batch: MicroBatch) -> dict[str, Term]:
         if micro_batch.step % self.every:
             return {}
-        rank, world = rank_and_world()
+        world = num_processes()
         rows = self.rows_at(micro_batch.step)
         shares = [
             padded_batches(rows[micro_batch.index * world + i :: micro_batch.count * world], 0) for i in range(world)
@@ -91,7 +91,7 @@ class KLAnchor(Method):
         passes = max(map(len, shares))
         if not passes:  # nothing is left for this pass, on any process
             return {}
-        summed = self._summed_kl(trainer, model, shares[rank], passes, padded_batches(rows[:1], 0)[0])
+        summed = self._summed_kl(trainer, model, shares[process_index()], passes, padded_batches(rows[:1], 0)[0])
         return {"anchor_kl": Term(summed * world / sum(map(len, rows)), self.weight * self.every)}
 
     def _summed_kl(

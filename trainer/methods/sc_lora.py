@@ -18,7 +18,7 @@ from lora_null.start import InitOptions
 from lora_null.trainer.calibration_data import kept_part, padded_batches
 from lora_null.trainer.methods.base import check_count, check_option, method
 from lora_null.trainer.methods.residual import ResidualMethod
-from lora_null.utils.distributed import broadcast_like, rank_and_world, together
+from lora_null.utils.distributed import broadcast_like, process_index, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
 
@@ -75,7 +75,7 @@ class SCLoRA(ResidualMethod):
         """Return the factors of the layers whose Grams this rank holds."""
         found = {}
         for knowledge, task in part:
-            if knowledge.owner != rank_and_world()[0] or knowledge.gram is None or task.gram is None:
+            if knowledge.owner != process_index() or knowledge.gram is None or task.gram is None:
                 continue
             gram = (1 - self.beta) / task.tokens * task.gram - self.beta / knowledge.tokens * knowledge.gram
             for name in knowledge.modules:
