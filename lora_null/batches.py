@@ -200,10 +200,10 @@ class TokenBatch:
 def token_batches(
     batches: Sequence[Mapping[str, Any]], device: torch.device, seed: int, *, runs_on: torch.device | None = None
 ) -> list[TokenBatch]:
-    """Return this rank's share of the batches; the Gaussian of a batch is the same whichever rank draws it.
+    """Return this process's share of the batches; the Gaussian of a batch is the same whichever process draws it.
 
-    A rank without a share gets the first batch, not counted, so that it learns which modules share an input. On a CPU
-    batches are cut into fewer rows.
+    A process without a share gets the first batch, not counted, so that it learns which modules share an input. On a
+    CPU batches are cut into fewer rows.
 
     Args:
         device: where the inputs go.

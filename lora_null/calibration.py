@@ -47,10 +47,10 @@ class InputStats:
 
     Attributes:
         modules: names of the modules that read this input, in the order of their first call.
-        gram: C = X Xᵀ, (d_in, d_in) float64; None where it was not asked for, is another rank's, or has been solved.
+        gram: C = X Xᵀ, (d_in, d_in) float64; None where it was not asked for, is another process's, or was solved.
         sketch: X Ω / √k, (d_in, k) float64 with Ω standard normal, so that E[S Sᵀ] = C; k = 64.
         tokens: N, the columns of X: calibration tokens, padding excluded; counted once for each call of the module.
-        owner: the rank that holds the Gram and solves it.
+        owner: the process that holds the Gram and solves it.
     """
 
     modules: list[str]
@@ -104,8 +104,8 @@ def measure_inputs(
 ) -> Calibration:
     """Run the model over the batches and measure the inputs of `modules`, padding excluded.
 
-    Under an initialized `torch.distributed` group every rank passes the same batches, computes its share of them, and
-    gets the same sums. Mode, gradients, cache flag and random state are as before afterwards.
+    Under an initialized `torch.distributed` group every process passes the same batches, computes its share, and gets
+    the same sums. Mode, gradients, cache flag and random state are as before afterwards.
 
     Args:
         model: called as `model(input_ids=…, attention_mask=…)`, in eval mode without gradients.
@@ -156,7 +156,7 @@ class InputMeter:
     Args:
         modules: name → linear, or the layer that wraps it.
         gram: whether to add up C as well.
-        tokens: N, how many tokens there are in all batches of all ranks.
+        tokens: N, how many tokens there are in all batches of all processes.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], *, gram: bool, tokens: int) -> None:
@@ -246,7 +246,7 @@ class InputMeter:
         stats.tokens += len(rows)
 
     def result(self) -> Calibration:
-        """Return what was measured on this rank.
+        """Return what was measured on this process.
 
         Raises:
             UserError: a module that no token reached, an input that is NaN or infinite.
@@ -298,7 +298,7 @@ def _norms(x: torch.Tensor) -> torch.Tensor:
 
 
 class LoadBalance:
-    """Gives each Gram to the rank with the least to solve so far, in d³; every rank computes the same."""
+    """Gives each Gram to the process with the least to solve so far, in d³; all of them compute the same."""
 
     def __init__(self) -> None:
         self.load = [0] * num_processes()
@@ -311,7 +311,7 @@ class LoadBalance:
 
 
 def sum_over_processes(calibration: Calibration, balance: LoadBalance | None = None) -> None:
-    """Add the ranks' measurements up, in place: on every rank, but each Gram on its owner alone if `balance` is given.
+    """Add up what all processes measured, in place: on each, but a Gram on its owner alone if `balance` is given.
 
     Raises:
         UserError: an input that is zero on every token.

@@ -284,7 +284,7 @@ def open_in_files(
 def open_to_shard(
     load: Callable[..., PreTrainedModel], name: str, revision: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, WeightFiles] | None:
-    """Return what `open_in_files` does, on every rank; None, after a line that says why, where it cannot on one of them."""
+    """Return what `open_in_files` does, on every process; None, after a line that says why, where it cannot on one."""
     try:
         return together(lambda: open_in_files(load, name, revision, **options))
     except UserError as reason:

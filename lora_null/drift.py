@@ -84,7 +84,7 @@ class DriftMeter(_Meter):
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Return the drift of every layer, by module name; 0 before the first step. All ranks of a sharded model call it."""
+        """Return each layer's drift by name, 0 before the first step. All processes of a sharded model call it."""
         found = {}
         for name, layer in self.layers.items():
             with whole_parameters(layer.lora_A, layer.lora_B), full_precision(device_of(layer.lora_A)):
@@ -143,14 +143,14 @@ class WeightDriftMeter(_Meter):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Store W0 S. All ranks of a sharded model call it."""
+        """Store W0 S. All processes of a sharded model call it."""
         for name, layer in self.layers.items():
             with whole_parameters(layer), full_precision(device_of(layer)):
                 self.starts[name] = _outputs(layer, self.sketches[name])
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Return the drift of every layer, by module name; 0 before the first step. All ranks of a sharded model call it."""
+        """Return each layer's drift by name, 0 before the first step. All processes of a sharded model call it."""
         found = {}
         for name, layer in self.layers.items():
             with whole_parameters(layer), full_precision(device_of(layer)):

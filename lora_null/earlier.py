@@ -80,7 +80,7 @@ def keep_grams(
 ) -> None:
     """Measure what linears of a model read on the batches, and keep it in a folder, one file per input.
 
-    Under torch.distributed all ranks call it together; each Gram is written by the rank that holds it.
+    Under torch.distributed all processes call it together; each Gram is written by the one that holds it.
 
     Args:
         folder: complete when `grams.json` is there; `lower` float64, or `sketch` float32.
@@ -104,7 +104,7 @@ def keep_grams(
                 kept = {"sketch": sketch_of(stats.gram, sketch).float()}
             write_safetensors(folder / f"{stats.modules[0]}.safetensors", kept, {"tokens": str(stats.tokens)})
             stats.gram = None
-    all_gather(None)  # every rank has written
+    all_gather(None)  # every process has written
     if is_first_process():
         digest = hashlib.sha256()
         for path in sorted(folder.glob("*.safetensors")):

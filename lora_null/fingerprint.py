@@ -53,7 +53,7 @@ def fingerprint_of(
         nonzero: layers whose weight must not be zero.
 
     Raises:
-        UserError: as `check_whole`; such a weight is zero; the ranks have different weights.
+        UserError: as `check_whole`; such a weight is zero; the processes have different weights.
     """
     if weights is None:
         check_whole(model)
@@ -94,7 +94,7 @@ def _is_rewritten(model: nn.Module, owned: Owned) -> bool:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuse, on all ranks together, a model of which some rank has only a piece, or nothing, of a weight.
+    """Refuse, on all processes together, a model of which one has only a piece, or nothing, of a weight.
 
     Raises:
         UserError: naming the parameter, and what makes engines load a model whole; or what no GPU had memory for.
@@ -104,7 +104,7 @@ def check_whole(model: nn.Module) -> None:
 
 
 def _what_is_missing(model: nn.Module) -> str | None:
-    """Return what this rank lacks of a model, and how it gets it; None where the model is whole."""
+    """Return what this process lacks of a model, and how it gets it; None where the model is whole."""
     name = next((name for name, p in model.named_parameters() if is_sharded(p) or p.is_meta), None)
     if name is None:
         return None
@@ -158,7 +158,7 @@ def initialization_key(
 
 
 def hook_in(model: nn.Module) -> str | None:
-    """Return the first forward hook of somebody's own, on any rank, and where: what it computes has no fingerprint."""
+    """Return the first forward hook of somebody's own on any process, and where: what it does has no fingerprint."""
     inner = base_model_of(model)
     found = (f"{code} at {plain_name(name)}" for name, x in inner.named_modules() if (code := own_code_at(x)))
     return next(filter(None, all_gather(next(found, None))), None)

@@ -179,7 +179,7 @@ def is_started(peft_model: PeftModel, adapter_name: str = "default") -> bool:
 
 
 def _adds(layer: LoraLayer, adapter_name: str) -> bool:
-    """Return whether BA may differ from 0; on all ranks together where factors are sharded."""
+    """Return whether BA may differ from 0; on all processes together where factors are sharded."""
     linear = isinstance(layer.lora_A, nn.ModuleDict) and adapter_name in layer.lora_A  # not an embedding, not AdaLoRA
     if not linear or layer.lora_B[adapter_name].weight.is_meta:
         return False
@@ -303,7 +303,7 @@ class LoraNullLinear(Linear):
         self._projected = {name: (id(factors_of(self, name)[0]), None) for name in self.bases}
 
     def project_A(self, adapter_name: str) -> None:
-        """Put A, whole on this rank, back into the span of its basis."""
+        """Put A, whole on this process, back into the span of its basis."""
         A = factors_of(self, adapter_name)[0]
         self.bases[adapter_name].project_(A)
         self._projected = {**self._projected, adapter_name: (id(A), A._version)}

@@ -99,8 +99,8 @@ def walk_layers(
     """Measure the inputs of `modules` layer by layer; yields (layer name, what its modules read) in order.
 
     While a layer is yielded its weights are at hand, and the model is in the state of `measuring`: exhaust the generator
-    or close it. A layer without target modules is not yielded. Under an initialized `torch.distributed` group every rank
-    walks its share of the batches; the sums are everywhere, a Gram on its owner alone.
+    or close it. A layer without target modules is not yielded. Under an initialized `torch.distributed` group every
+    process walks its share of the batches; the sums are everywhere, a Gram on its owner alone.
 
     Args:
         model, modules, batches, gram, seed: as in `measure_inputs`.
@@ -151,7 +151,7 @@ def walk_layers(
 def _run_layer(
     layer: nn.Module, batches: Sequence[TokenBatch], calls: Sequence[_Call], states: _HiddenStates, meter: InputMeter
 ) -> Calibration:
-    """Run one layer on this rank's batches, whose hidden states become its outputs; return what was measured."""
+    """Run one layer on this process's batches, whose hidden states become its outputs; return what was measured."""
     for at, (batch, call) in enumerate(zip(batches, calls)):
         meter.begin(batch)
         states[at] = call.run(layer, states[at], states.device)

@@ -31,8 +31,8 @@ def weight_changes(
 ) -> dict[str, Change]:
     """Return how far each weight is from the original model's, in float64, by module name.
 
-    A low-rank change is measured by r × r products of its factors, without forming ΔW. All ranks of a sharded model
-    call this together, and each gets the same but for a plain linear of which it has no `original`.
+    A low-rank change is measured by r × r products of its factors, without forming ΔW. All processes of a
+    sharded model call this together, and each gets the same but for a plain linear of which it has no `original`.
 
     Args:
         layers: what changed: PEFT's layers, LoRA's or any whose `get_delta_weight` is known, and plain linears.

@@ -1,4 +1,4 @@
-"""From measured inputs to factors: each rank solves the inputs that it owns and writes A0 and B0 into the layers of all."""
+"""From measured inputs to factors: each process solves the inputs it owns, and A0 and B0 go into the layers of all."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class LayerSolver:
     def parts_per_round(self) -> int:
         """Return how many parts to solve together.
 
-        That is the number of ranks; on a CPU, where all layers are narrow, times its threads, since each solves one.
+        That is the number of processes; on a CPU, where all layers are narrow, times its threads: each solves one.
         """
         narrow = all(
             _is_narrow(layer.in_features, layer.get_base_layer().weight.device) for layer in self.layers.values()
@@ -145,7 +145,7 @@ class LayerSolver:
         return num_processes() * min(threads, MOST_TOGETHER)
 
     def solve(self, parts: Mapping[str, Calibration]) -> dict[str, LayerResult]:
-        """Write A0 and B0 of the parts on every rank and drop their Grams; return the solved parts by name, in order."""
+        """Write A0 and B0 of the parts on every process and drop their Grams; return them solved by name, in order."""
         start = time.perf_counter()
         inputs = [measured for part in parts.values() for measured in part.inputs]
         solved = together(partial(self._solve_owned, inputs))
@@ -155,7 +155,7 @@ class LayerSolver:
         return {name: self._result(part, solved) for name, part in parts.items()}
 
     def _solve_owned(self, inputs: Sequence[InputStats]) -> dict[str, Solved]:
-        """Solve what this rank owns, the widest first; narrow inputs on a CPU side by side, one thread each."""
+        """Solve what this process owns, the widest first; narrow inputs on a CPU side by side, one thread each."""
         owned = sorted((x for x in inputs if x.owner == process_index()), key=lambda measured: -len(measured.sketch))
         narrow = [measured for measured in owned if _is_narrow(len(measured.sketch), measured.sketch.device)]
         solved: dict[str, Solved] = {}
@@ -226,7 +226,7 @@ class LayerSolver:
         return factors_of(self.layers[name], self.adapter_name)
 
     def _share(self, inputs: Sequence[InputStats], solved: dict[str, Solved]) -> dict[str, Solved]:
-        """Give every rank the factors, bases and lines of all, from whoever solved them."""
+        """Give every process the factors, bases and lines of all, from whoever solved them."""
         for measured in inputs:
             for name in measured.modules:
                 for factor in self._factors(name):

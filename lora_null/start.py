@@ -207,8 +207,8 @@ def compute_start(
         folder: where to leave the result for `load_start`; with `options.cache` also in the cache.
 
     Raises:
-        UserError: calibration data that cannot carry it, a weight that the rule cannot factor, ranks that differ, a
-            device without float64.
+        UserError: calibration data that cannot carry it, a weight that the rule cannot factor, processes that
+            differ, a device without float64.
     """
     start = time.perf_counter()
     check_float64(options.device or device_of(model))
@@ -417,7 +417,7 @@ def _key(
 
 
 def _can_write_cache() -> bool:
-    """Return whether the cache can be written; a line says so where it cannot. All ranks call it."""
+    """Return whether the cache can be written; a line says so where it cannot. All processes call it."""
     able = on_first_process(store.can_keep)
     if not able:
         logger.warning(

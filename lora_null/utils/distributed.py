@@ -16,14 +16,14 @@ from torch import nn
 
 from lora_null.utils.errors import WORKERS, UserError
 
-MEET_SECONDS = 10  # between two meetings of the ranks while one of them works
+MEET_SECONDS = 10  # between two meetings of the processes while one of them works
 
 
 @contextlib.contextmanager
 def for_collective(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Give a tensor for a collective of torch.distributed: itself, or a copy that comes back.
 
-    A copy where NCCL takes no CPU's, and of one whose rows do not lie one after the other: ranks send memory as it lies.
+    A copy where NCCL takes no CPU's, and of one whose rows do not lie one after the other: memory is sent as it lies.
     """
     here = tensor.device.type != "cpu" or "cpu:" in dist.get_backend_config()
     if here and tensor.is_contiguous():
@@ -37,14 +37,14 @@ def for_collective(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def broadcast_tensor(tensor: torch.Tensor, src: int) -> None:
-    """Give every rank the numbers that rank `src` has, in place; nothing in a world of one."""
+    """Give every process the numbers that process `src` has, in place; nothing where there is one process."""
     if num_processes() > 1:
         with for_collective(tensor) as here:
             dist.broadcast(here, src=src)
 
 
 def broadcast_like(tensor: torch.Tensor | None, like: torch.Tensor, owner: int) -> torch.Tensor:
-    """Return on every rank the owner's tensor, in the shape, dtype and device of `like`; the others have None."""
+    """Return on every process the owner's tensor, in the shape, dtype and device of `like`; the others have None."""
     shared = torch.empty_like(like) if tensor is None else tensor.to(like)
     broadcast_tensor(shared, owner)
     return shared
@@ -90,7 +90,7 @@ def get_logger(name: str) -> logging.LoggerAdapter:
 
 
 def broadcast(value: Any) -> Any:
-    """Return rank 0's `value` (any picklable object) on every rank."""
+    """Return the first process's `value` (any picklable object) on every process."""
     if num_processes() == 1:
         return value
     box = [value]
@@ -99,12 +99,12 @@ def broadcast(value: Any) -> Any:
 
 
 def on_first_process(act: Callable[[], Any]) -> Any:
-    """Run `act` on rank 0 alone and return its result on every rank; what it raises ends all of them, as `together`."""
+    """Run `act` on the first process alone and return its result on all; what it raises ends all, as in `together`."""
     return broadcast(together(lambda: act() if is_first_process() else None))
 
 
 def slowly_on_first_process(act: Callable[[], Any]) -> Any:
-    """As `on_first_process`, for what may take longer than a collective may wait: all ranks meet every few seconds."""
+    """As `on_first_process`, for what may take longer than a collective may wait: all meet every few seconds."""
     if num_processes() == 1:
         return act()
     with ThreadPoolExecutor(1) as pool:
@@ -115,7 +115,7 @@ def slowly_on_first_process(act: Callable[[], Any]) -> Any:
 
 
 def gather(value: Any) -> list[Any] | None:
-    """Return every rank's `value` in rank order on rank 0, None on the others."""
+    """Return the `value` of every process, in order, on the first one; None on the others."""
     if num_processes() == 1:
         return [value]
     values = [None] * num_processes() if is_first_process() else None
@@ -124,7 +124,7 @@ def gather(value: Any) -> list[Any] | None:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Return every rank's `value` in rank order, on every rank."""
+    """Return the `value` of every process, in order, on all of them."""
     values = [value] * num_processes()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -132,15 +132,15 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def together(compute: Callable[[], Any], *, alike: type[Exception] | tuple[type[Exception], ...] = UserError) -> Any:
-    """Run `compute` on every rank and return this rank's result, once it has succeeded on all.
+    """Run `compute` on every process and return this one's result, once it has succeeded on all.
 
     Args:
         compute: has no collective of its own.
-        alike: exceptions that every rank raises when one rank does, such as a user's mistake.
+        alike: exceptions that all processes raise when one does, such as a user's mistake.
 
     Raises:
-        Exception: what `compute` raised here, or `alike` on another rank, or a RuntimeError naming the rank where it
-            failed, so that no rank waits for ever for one that is gone.
+        Exception: what `compute` raised here, or `alike` on another process, or a RuntimeError naming the process that
+            failed, so that none waits for ever for one that is gone.
     """
     result, failure = None, None
     try:
@@ -153,14 +153,14 @@ def together(compute: Callable[[], Any], *, alike: type[Exception] | tuple[type[
         raise failure
     for mistake in (found for found in failures if isinstance(found, alike)):
         raise mistake
-    for rank, message in enumerate(failures):
+    for index, message in enumerate(failures):
         if message is not None:
-            raise RuntimeError(f"rank {rank} failed: {message}")
+            raise RuntimeError(f"process {index} failed: {message}")
     return result
 
 
 def merge_shares(compute: Callable[[], dict[Hashable, Any]]) -> dict[Hashable, Any]:
-    """Run `compute` on every rank and return the union of all ranks' results, the same on every rank."""
+    """Run `compute` on every process and return the union of all results, the same on every process."""
     return {key: value for share in all_gather(together(compute)) for key, value in share.items()}
 
 

@@ -19,7 +19,7 @@ from lora_null.utils.model_state import base_model_of
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Return whether this rank holds, or may hold at any time, only a piece of the tensor."""
+    """Return whether this process holds, or may hold at any time, only a piece of the tensor."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
@@ -57,13 +57,13 @@ def own_piece(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
 
 @contextlib.contextmanager
 def whole_parameters(*modules: nn.Module, write: bool = False) -> Iterator[None]:
-    """Have the parameters of the modules whole on every rank inside the block; all ranks enter and leave it together.
+    """Have the parameters of the modules whole on every process inside the block; all enter and leave it together.
 
     Where nothing is sharded nothing happens. No forward pass may run inside.
 
     Args:
         modules: whose parameters, those of their submodules too.
-        write: keep what is written into the parameters inside, which has to be the same on all ranks.
+        write: keep what is written into the parameters inside, which has to be the same on all processes.
     """
     owners = [owner for module in modules for owner in module.modules()]
     named = [(owner, name, p) for owner in owners for name, p in owner._parameters.items() if p is not None]
@@ -98,7 +98,7 @@ def _gathered_by_deepspeed(parameters: list[nn.Parameter], write: bool) -> Itera
 
 
 def shard_layers(model: nn.Module, device: torch.device) -> None:
-    """Share a model out over all ranks, decoder layer by decoder layer (FSDP2); forward passes are then collective.
+    """Share a model out over processes, decoder layer by decoder layer (FSDP2); forward passes are then collective.
 
     Args:
         model: whole, or without weights (meta device).
@@ -116,10 +116,10 @@ def shard_layers(model: nn.Module, device: torch.device) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Shard again every FSDP2 group that a forward pass gathered; all ranks call it before one of them saves.
+    """Shard again every FSDP2 group that a forward pass gathered; all processes call it before one of them saves.
 
-    A forward pass without a backward pass leaves the last group whole. What reads the state dict of one rank would put that
-    rank's back in pieces alone.
+    A forward pass without a backward pass leaves the last group whole. What reads the state dict of one process would
+    put that one's back in pieces alone.
     """
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         model.state_dict()  # whose hooks do it, whatever pass came before; nothing is copied
@@ -143,10 +143,10 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def my_share(keys: Iterable[int], model: nn.Module) -> list[int]:
-    """Return the positions in `keys` that this rank computes: those whose key is `rank` modulo the number of ranks.
+    """Return the positions in `keys` that this process computes: those whose key is its index modulo their number.
 
-    Where the model's parameters are sharded, every forward pass needs every rank, and generation stops at a different
-    length for each batch; then all ranks compute everything in step, which is slow and always right.
+    Where the model's parameters are sharded, every forward pass needs every process, and generation stops at a
+    different length for each batch; then all processes compute everything in step, which is slow and always right.
     """
     index, total = (0, 1) if parameters_are_sharded(model) else (process_index(), num_processes())
     return [position for position, key in enumerate(keys) if key % total == index]

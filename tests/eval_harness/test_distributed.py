@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import two_ranks
+import two_processes
 from engine_worlds import world
 from safetensors.torch import load_file
 
@@ -25,18 +25,18 @@ def folder(saved, tmp_path, pairs, nq_file, sciq_file, write):
     return tmp_path
 
 
-def test_two_ranks_equal_one_and_compute_each_request_once(folder, pairs):
+def test_two_processes_equal_one_and_compute_each_request_once(folder, pairs):
     for count in (1, 2):
-        ended = world(count, [str(folder)], folder / "said.txt", run=two_ranks.main)
-        errors = [(folder / f"said-{rank}.txt").read_text() for rank in range(count)]
+        ended = world(count, [str(folder)], folder / "said.txt", run=two_processes.main)
+        errors = [(folder / f"said-{index}.txt").read_text() for index in range(count)]
         assert ended == [0] * count, errors
-    one = json.loads((folder / "rank0-of-1.json").read_text())
-    two = [json.loads((folder / f"rank{rank}-of-2.json").read_text()) for rank in range(2)]
+    one = json.loads((folder / "process0-of-1.json").read_text())
+    two = [json.loads((folder / f"process{index}-of-2.json").read_text()) for index in range(2)]
     assert sorted(two[0]["requests"] + two[1]["requests"]) == sorted(one["requests"])
     assert two[0]["requests"] and two[1]["requests"]
     # Twice: the base is measured again in batches of another size, for the noise floor.
-    assert [rank["scored"] for rank in two] == [2 * 4, 2 * 3] and one["scored"] == 2 * len(pairs)
-    assert "%|" in errors[0] and "%|" not in errors[1]  # bars on rank 0 only
+    assert [each["scored"] for each in two] == [2 * 4, 2 * 3] and one["scored"] == 2 * len(pairs)
+    assert "%|" in errors[0] and "%|" not in errors[1]  # bars on the first process only
     said = [
         [
             json.loads(line)["choices"]

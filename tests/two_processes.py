@@ -1,4 +1,4 @@
-"""One rank of eval_harness/test_distributed.py."""
+"""One process of eval_harness/test_distributed.py."""
 
 import json
 import os
@@ -20,7 +20,7 @@ computed = []
 
 
 def count(name):
-    """Let lm-eval's method note the requests that it gets on this rank."""
+    """Let lm-eval's method note the requests that it gets on this process."""
     method = getattr(HFLM, name)
 
     def counted(self, requests, disable_tqdm=False):
@@ -31,8 +31,8 @@ def count(name):
 
 
 def main(words: list[str]) -> int:
-    folder, rank = Path(words[0]), int(os.environ.get("RANK", 0))
-    os.dup2(os.open(folder / f"said-{rank}.txt", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    folder, index = Path(words[0]), int(os.environ.get("RANK", 0))
+    os.dup2(os.open(folder / f"said-{index}.txt", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     disable_progress_bar()
     for name in ("generate_until", "loglikelihood"):
@@ -59,7 +59,7 @@ def main(words: list[str]) -> int:
         talk,
         LmEvalTask("nq_open", path=str(folder / "nq.jsonl")),
         LmEvalTask("sciq", path=str(folder / "sciq.jsonl")),
-        LmEvalTask("nq_open", path=str(folder / "nq.jsonl"), limit=1, name="fewer than ranks"),
+        LmEvalTask("nq_open", path=str(folder / "nq.jsonl"), limit=1, name="fewer than processes"),
         LmEvalTask(
             "sandbox_humaneval_completion",
             path=str(folder / "code.jsonl"),
@@ -71,29 +71,29 @@ def main(words: list[str]) -> int:
     after = evaluate(model, tokenizer, tasks, batch_size=2, reference_dir=references, output_dir=out)
     result = {"before": before.to_json(), "after": after.to_json(), "scored": scored}
     result["requests"] = [key for key in computed if isinstance(key, str)]
-    (folder / f"rank{rank}-of-{os.environ.get('WORLD_SIZE', 1)}.json").write_text(json.dumps(result))
+    (folder / f"process{index}-of-{os.environ.get('WORLD_SIZE', 1)}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         check_sharded(base, tokenizer, pairs)
-        check_failures(rank, model, tokenizer)
+        check_failures(index, model, tokenizer)
         dist.destroy_process_group()
     return 0
 
 
 def check_sharded(model, tokenizer, pairs) -> None:
-    """With sharded parameters (here: ZeRO-3's mark) forward passes are collective, so both ranks compute all."""
+    """With sharded parameters (here: ZeRO-3's mark) forward passes are collective, so both processes compute all."""
     computed.clear()
     next(model.parameters()).ds_id = 0
     evaluate(model, tokenizer, [AnswerTask("a", pairs)])
     assert sum(computed) == len(pairs), computed
 
 
-def check_failures(rank, model, tokenizer) -> None:
-    """A failure on one rank ends all of them."""
-    if rank == 1:
+def check_failures(index, model, tokenizer) -> None:
+    """A failure on one process ends all of them."""
+    if index == 1:
         model.forward = None
     try:
         evaluate(model, tokenizer, [AnswerTask("a", [("Q:", " a"), ("Q:", " b")])])
     except Exception as error:
-        assert rank == 1 or str(error).startswith("rank 1 failed: "), error
+        assert index == 1 or str(error).startswith("process 1 failed: "), error
     else:
         raise AssertionError("no failure")
