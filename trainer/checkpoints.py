@@ -277,7 +277,7 @@ class SavingMixin(Base):
         self.accelerator.wait_for_everyone()  # nobody goes on, or ends, before it is whole
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter or the model, whole whatever the engine; all ranks call it, the first one writes."""
+        """Save the adapter or the model, whole whatever the engine; all processes call it, the first one writes."""
         if not parameters_are_sharded(self.model):
             super().save_model(output_dir, _internal_call)
         else:
@@ -301,9 +301,9 @@ class SavingMixin(Base):
 
     @contextlib.contextmanager
     def whole_to_save(self, *, write: bool = False) -> Iterator[None]:
-        """Have what is saved whole on every rank, under the names by which PEFT saves and loads it.
+        """Have what is saved whole on every process, under the names by which PEFT saves and loads it.
 
-        All ranks enter and leave it together; no forward pass may run inside. `write` as in `whole_parameters`.
+        All processes enter and leave it together; no forward pass may run inside. `write` as in `whole_parameters`.
         """
         reshard(self.model)
         with without_checkpointing(self.model), whole_parameters(*self.saved_modules(), write=write):

@@ -71,7 +71,7 @@ class LossTermsMixin(Base):
         return counted or self.compute_loss_func is not None
 
     def _logged_terms(self) -> dict[str, float]:
-        """Return the means of the loss's terms over the steps since the last log line that had them, and over all ranks."""
+        """Return the means of the loss's terms over all processes, and the steps since a log line last had them."""
         means = {name: torch.stack([*steps.values()]).mean() for name, steps in self._terms.items()}
         self._terms = {}
         return {name: float(self.accelerator.reduce(mean, "mean")) for name, mean in means.items()}

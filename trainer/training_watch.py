@@ -51,7 +51,7 @@ class TrainingWatch(TrainerCallback):
 
 @torch.no_grad()
 def _sample(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return some numbers of everything that trains, copied; of what is sharded this rank's own.
+    """Return some numbers of everything that trains, copied; of what is sharded this process's own.
 
     Not of an A that is kept in a basis, whose last bits a projection moves: B trains beside it.
     """

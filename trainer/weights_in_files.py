@@ -65,7 +65,7 @@ class WeightsInFilesMixin(Base):
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self._weights is not None and plugin is not None and plugin.fsdp_version == 2:
-            plugin.cpu_ram_efficient_loading = False  # rank 0 has no weights to send: each rank reads its own
+            plugin.cpu_ram_efficient_loading = False  # the first process has none to send: each reads its own
         elif self._weights is not None:
             self.read_whole()
 
@@ -83,7 +83,7 @@ class WeightsInFilesMixin(Base):
         return optimizer
 
     def read_shards(self) -> None:
-        """Give each rank the numbers of its shards, from the files; nothing where the weights were loaded already."""
+        """Give each process the numbers of its shards, from the files; nothing where weights were loaded already."""
         if self._weights is None or not any(parameter.is_meta for parameter in self.model.parameters()):
             return
         offloaded = isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)

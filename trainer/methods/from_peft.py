@@ -81,7 +81,7 @@ class EVA(Method):
                 f"method.options.eva.batch_rows: a batch has only {min(answers)} answer tokens, rho · r = {needed:g} are "
                 "needed; raise batch_rows"
             )
-        found = get_eva_state_dict(  # every rank sees the same rows, so nothing is gathered
+        found = get_eva_state_dict(  # every process sees the same rows, so nothing is gathered
             trainer.model,
             batches,
             adapter_name=active_adapter(trainer.model),
@@ -108,7 +108,7 @@ class LoRAGA(FromGradient, ResidualMethod):
         return ResidualLoraConfig(init_lora_weights="lora_ga", **{"lora_ga_config": LoraGAConfig(), **adapter})
 
     def compute(self, trainer: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Return PEFT's factors, the same on every rank; the base is put back, `apply` subtracts them for good."""
+        """Return PEFT's factors, the same on every process; the base is put back, `apply` subtracts them for good."""
         layers, tensors, adapter = self.layers(trainer.model), {}, active_adapter(trainer.model)
         how = trainer.model.peft_config[adapter].lora_ga_config or LoraGAConfig()
         take_gradients(trainer, layers, batches)

@@ -58,7 +58,7 @@ class KeepLoRA(FromGradient):
         check_no_dora(self, model)
 
     def compute(self, trainer: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Return A0 of every layer, the same on every rank; each input is solved by the rank that has its Gram."""
+        """Return A0 of every layer, the same on every process; each input is solved where its Gram is."""
         model, tensors = trainer.model, {}
         layers, adapter = self.layers(model), active_adapter(model)
         options: InitOptions = trainer.init_options_here()
@@ -81,7 +81,7 @@ class KeepLoRA(FromGradient):
         return tensors
 
     def _solve(self, inputs: InputStats, layers: Mapping[str, Any], adapter: str) -> dict[str, torch.Tensor]:
-        """Return A0 of the layers that read an input, on the rank that holds its Gram; their gradients are let go of."""
+        """Return A0 of the layers that read an input, where its Gram is; their gradients are let go of."""
         found = {}
         for name in inputs.modules:
             base = layers[name].get_base_layer()

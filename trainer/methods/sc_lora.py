@@ -56,7 +56,7 @@ class SCLoRA(ResidualMethod):
         return padded_batches(first_rows(trainer, self.rows), 0)
 
     def compute(self, trainer: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Return A0 and B0 of every layer, the same on every rank; each input is solved by the rank that has its Grams."""
+        """Return A0 and B0 of every layer, the same on every process; each input is solved where its Grams are."""
         model, tensors = trainer.model, {}
         layers, adapter = self.layers(model), active_adapter(model)
         options = trainer.init_options_here()
@@ -72,7 +72,7 @@ class SCLoRA(ResidualMethod):
         return tensors
 
     def _solve(self, part: list[Measured], layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, torch.Tensor]:
-        """Return the factors of the layers whose Grams this rank holds."""
+        """Return the factors of the layers whose Grams this process holds."""
         found = {}
         for knowledge, task in part:
             if knowledge.owner != process_index() or knowledge.gram is None or task.gram is None:
