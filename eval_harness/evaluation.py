@@ -155,7 +155,7 @@ def evaluate(
         "dtype": str(model.dtype),
         "autocast_dtype": None if autocast_dtype is None else str(autocast_dtype),
         "batch_size": batch_size,
-        "ranks": num_processes(),
+        "ranks": num_processes(),  # so named wherever an eval.json has been kept
         "device": device_of(model).type,
         "seed": seed,
         "backend": "hf" if lm is None else "vllm",

@@ -155,23 +155,23 @@ def generate_texts(
     seed: int = 0,
     progress: str | None = None,
 ) -> list[str]:
-    """Generate an answer to each prompt, shared over the ranks, in batches of like length and equal temperature.
+    """Generate an answer to each prompt, shared over the processes, in batches of like length and equal temperature.
 
     Args:
-        model: in eval mode, on its device; the same on every rank.
+        model: in eval mode, on its device; the same on every process.
         tokenizer: the model's.
         prompts: the texts that the model sees, templated.
         temperatures: one for each prompt; 0 takes the likeliest token.
         max_new_tokens: of an answer, at most; a prompt that leaves too little room loses its beginning.
         stops: strings that end an answer; it is cut before them.
         special_tokens: whether the tokenizer adds its own to a prompt.
-        batch_size: sequences of a forward pass, on each rank.
+        batch_size: sequences of a forward pass, on each process.
         autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
         seed: of the draws.
-        progress: the label of a progress bar on rank 0; None for no bar.
+        progress: the label of a progress bar on the first process; None for no bar.
 
     Returns:
-        The answers, in the order of the prompts, the same on every rank.
+        The answers, in the order of the prompts, the same on every process.
     """
     limit = position_limit(model.config)
     encoded = tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]

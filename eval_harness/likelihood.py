@@ -198,16 +198,16 @@ def score_answers(
     autocast_dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> AnswerScores:
-    """Score every answer once over all ranks, and return the same scores on every rank.
+    """Score every answer once over all processes, and return the same scores on each.
 
     Args:
-        model: in eval mode, on its device; the same on every rank.
+        model: in eval mode, on its device; the same on every process.
         name: of the task, for messages and before the bar.
-        batch_size: pairs in a forward pass, on each rank.
+        batch_size: pairs in a forward pass, on each process.
         reference: a file of the base model's log-probabilities; None measures no KL.
         record: write `reference` from this model, and report a KL of 0, instead of comparing with it.
         autocast_dtype: for `torch.autocast`; None computes in the model's own dtype.
-        progress: show a progress bar on rank 0.
+        progress: show a progress bar on the first process.
 
     Raises:
         UserError: if `reference` was recorded for other tokens or another vocabulary.
@@ -219,7 +219,7 @@ def score_answers(
     recorded: dict[str, torch.Tensor] = {}
 
     def forward() -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (index, its answer's log-probabilities) for this rank's share of the pairs, in batches of like length."""
+        """Yield (index, its answer's log-probabilities) of this process's pairs, in batches of like length."""
         bar = tqdm(total=len(share), desc=name, disable=not progress or not is_first_process())
         autocast = torch.autocast(device_of(model).type, autocast_dtype, enabled=autocast_dtype is not None)
         with bar, torch.no_grad():
@@ -324,7 +324,7 @@ def save_reference(
 
 
 def record_or_read_base(path: Path, pairs: Sequence[TokenizedPair], values: np.ndarray, *, record: bool) -> np.ndarray:
-    """Return the base model's values, one per pair, on every rank: `values` themselves where this is the base.
+    """Return the base model's values, one per pair, on every process: `values` themselves where this is it.
 
     Args:
         path: the file that they are written to where `record` is set, and read from.

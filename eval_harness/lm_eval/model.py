@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a live model, with its requests shared over the ranks."""
+"""lm-evaluation-harness on a live model, with its requests shared over the processes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lora_null.utils.sharding import my_share
 
 
 class ShardedLM(RowwiseLM):
-    """An lm-eval model around a live `PreTrainedModel` or `PeftModel`; every request is computed on one rank.
+    """An lm-eval model around a live `PreTrainedModel` or `PeftModel`; every request is computed on one process.
 
-    lm-eval takes a model object to be rank 0 of 1, so each of N ranks would do all the work (lm-eval#3312); its own
-    sharding by document pads the ranks' requests with copies and fails where a rank has none. So here every rank
-    builds all requests (cheap), computes its share, and receives the others' answers: all ranks end with the same
-    results. Neither the tokenizer (copied) nor the model's ties and requires_grad are touched; it is left in eval mode.
+    lm-eval takes a model object to be in a process of its own, so each of N would do all the work (lm-eval#3312); its
+    own sharding by document pads their requests with copies and fails where a process has none. So here every process
+    builds all requests (cheap), computes its share, and receives the others' answers: all end with the same results.
+    Neither the tokenizer (copied) nor the model's ties and requires_grad are touched; it is left in eval mode.
 
     Args:
         model: the model, on its device.
         tokenizer: its tokenizer.
-        batch_size: requests in a forward pass, on each rank.
+        batch_size: requests in a forward pass, on each process.
         autocast_dtype: the dtype of `torch.autocast`; None computes in the model's own dtype.
-        progress: show lm-eval's bars on rank 0.
+        progress: show lm-eval's bars on the first process.
 
     Attributes:
         responses: the answers to each call, in order.

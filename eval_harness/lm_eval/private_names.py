@@ -87,5 +87,5 @@ class RowwiseLM(HFLM):
                 raise UserError(
                     f"an answer of {len(answer)} tokens{text}, the model takes from 1 to {self.max_length}"
                 )
-        # lm-eval's rolling likelihood shows a bar for each batch, on every rank, inside its own bar.
+        # lm-eval's rolling likelihood shows a bar for each batch, on every process, inside its own bar.
         return super()._loglikelihood_tokens(requests, disable_tqdm or override_bs is not None, override_bs)

@@ -219,8 +219,8 @@ class LmEvalTask(Task):
     def run(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: RunOptions) -> TaskResult:
         """Run lm-eval; the settings are the versions and the few-shot numbers of its tasks.
 
-        Programs that the model writes are run by rank 0, whose results count: once all ranks have the answers, since running
-        them may take longer than a collective may wait.
+        Programs that the model writes are run by the first process, whose results count: once all have the answers,
+        since running them may take longer than a collective may wait.
         """
         first, limit = is_first_process(), position_limit(model.config)
         if limit is not None and options.engine is None:  # lm-eval fits prompt and answer into it
@@ -310,7 +310,7 @@ class LmEvalTask(Task):
 
 
 def _kept_on_first_process(compute: Callable[[], Any]) -> Any:
-    """Compute on rank 0 while the others wait; return the result there, where it stays, and None elsewhere."""
+    """Compute on the first process while the others wait; the result stays there, and is None elsewhere."""
     kept = []
     slowly_on_first_process(lambda: kept.append(compute()))
     return kept[0] if kept else None
