@@ -130,8 +130,8 @@ def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any], keys: 
         packages = {name: settings["versions"].get(name, "unknown") for name in (*caches.PACKAGES, "lora-null")}
         return packages | {key: settings.get(key) for key in keys}
 
-    old, new = compared(before), compared(now)
-    return "; ".join(f"{key} {old[key]}, now {value}" for key, value in new.items() if value != old[key])
+    old, new, shown = compared(before), compared(now), {"ranks": "processes"}
+    return "; ".join(f"{shown.get(k, k)} {old[k]}, now {value}" for k, value in new.items() if value != old[k])
 
 
 def _evaluate_by_vllm(

@@ -250,7 +250,7 @@ def _drop_optimizer(trainer: AnyTrainer) -> None:
 
 
 def _has_moved(trainer: AnyTrainer, model: PeftModel) -> bool:
-    """Return whether any weight is not where this training found it; the same on every rank."""
+    """Return whether any weight is not where this training found it; the same on every process."""
     changes = weight_changes(trainer.method.layers(model), active_adapter(model))
     return any(change.moved for change in changes.values())
 
@@ -283,7 +283,7 @@ def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int 
     if is_first_process():
         shutil.rmtree(target, ignore_errors=True)  # of a run that was killed after it had saved
     with replacing_folder(target) if is_first_process() else contextlib.nullcontext(target) as made:
-        with trainer.whole_to_save():  # on all ranks together
+        with trainer.whole_to_save():  # on all processes together
             if not is_first_process():
                 return plan.saved
             saved = trainer.method.save(model, made)

@@ -277,7 +277,8 @@ def test_a_base_measured_under_other_settings_is_said(tmp_path, caplog, capsys):
         (tmp_path / "out" / file).unlink()
     assert main([recipe, "--resume"]) == 0
     said = caplog.text + capsys.readouterr().err
-    assert "lora: the base was measured under other settings (torch 1.0, now " in said and "; ranks 4, now 1)" in said
+    assert "lora: the base was measured under other settings (torch 1.0, now " in said
+    assert "; processes 4, now 1)" in said
     assert "lora-null 0.0.9 (evaluation code 12345678), now 0." in said
 
 
