@@ -79,9 +79,7 @@ def begin(
 ) -> list[BaseProcess]:
     """Start the command, or another function of words, in `count` forked processes, which write into `said`."""
     port = free_port()
-    children = [
-        context.Process(target=_rank, args=(rank, count, port, words, said, engine, run)) for rank in range(count)
-    ]
+    children = [context.Process(target=_child, args=(i, count, port, words, said, engine, run)) for i in range(count)]
     for child in children:
         child.start()
     return children
@@ -97,13 +95,13 @@ def world(*args: Any, **options: Any) -> list[int]:
     return [child.exitcode for child in children]
 
 
-def _rank(
-    rank: int, count: int, port: int, words: list[str], said: Path, engine: str | None, run: Callable[[list[str]], int]
+def _child(
+    i: int, count: int, port: int, words: list[str], said: Path, engine: str | None, run: Callable[[list[str]], int]
 ) -> None:
     gc.freeze()  # a run makes several collections, which take half a second each with all that is imported
     torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    place = {"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     if count > 1:
         os.environ |= {name: str(value) for name, value in place.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -358,9 +358,9 @@ class TestWhatTheModelWrites:
     def test_the_same_for_any_number_of_processes(self, monkeypatch):
         model, tokenizer = tiny_model(), tiny_tokenizer()
         expected, found = own_texts(model, tokenizer, count=70, max_tokens=12), {}
-        for rank in range(3):
+        for index in range(3):
             monkeypatch.setattr(
-                written_texts, "my_share", lambda keys, _, rank=rank: [key for key in keys if key % 3 == rank]
+                written_texts, "my_share", lambda keys, _, index=index: [key for key in keys if key % 3 == index]
             )
             monkeypatch.setattr(written_texts, "merge_shares", lambda compute: found.update(compute()) or {**found, **dict.fromkeys(set(range(70)) - set(found), "")})  # fmt: skip
             own_texts(model, tokenizer, count=70, max_tokens=12)

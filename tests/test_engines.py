@@ -245,7 +245,7 @@ def test_what_a_launcher_has_left_is_named(refusal_of, left, missing):
     assert missing in refusal_of(left)
 
 
-def test_a_rank_alone_silences_nothing(monkeypatch, capsys):
+def test_the_index_of_a_process_alone_silences_nothing(monkeypatch, capsys):
     def mistaken():
         raise UserError("a mistake")
 
@@ -289,7 +289,7 @@ class TestWholeness:
         save_plain_adapter(model, tmp_path)
         tensors = load_file(tmp_path / WEIGHTS)
         key = next(iter(tensors))
-        if damage == "empty":  # 40 bytes a file: what ZeRO-3 leaves of a parameter on a rank
+        if damage == "empty":  # 40 bytes a file: what ZeRO-3 leaves of a parameter on a process
             tensors[key] = torch.empty(0)
         else:
             del tensors[key]

@@ -379,7 +379,7 @@ def test_a_worker_that_comes_when_all_is_done_does_not_wait(tmp_path, monkeypatc
 
 
 def test_two_processes_run_every_kind_of_method(tmp_path):
-    """Random starts, factors computed by turns, gradients, training rows, whole weights: all the same on both ranks."""
+    """Random starts, factors by turns, gradients, training rows, whole weights: the same on both processes."""
     recipe = make_world(tmp_path)
     names = "full,corda,roselora,eva,lora-ga"
     words = [str(recipe), "--method", names, "training.max_steps=3", "training.save_strategy=no"]

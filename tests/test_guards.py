@@ -297,7 +297,7 @@ def test_rows_that_several_processes_repeat_are_told(caplog, rows, repeated, cha
     args = {"dataloader_drop_last": False, "train_batch_size": 2, "max_steps": -1, "gradient_accumulation_steps": 1}
     each, whole = BatchSampler(range(rows), 2, False), range(rows)
     taken = [
-        i for rank in range(2) for batch in BatchSamplerShard(each, 2, rank) for i in batch
+        i for index in range(2) for batch in BatchSamplerShard(each, 2, index) for i in batch
     ]  # what accelerate does
     trainer = type("Plain", (SimpleNamespace,), {"_get_train_sampler": Trainer._get_train_sampler})()
     trainer.args, trainer.train_dataset = SimpleNamespace(**args | changes), whole

@@ -81,7 +81,7 @@ def _run(folder: Path, way: str, count: int) -> list[dict[str, Any]]:
     found = world(count, [str(folder), way], folder / f"{way}.txt", "fsdp2", train)
     if any(found):
         raise SystemExit((folder / f"{way}.txt").read_text()[-4000:])
-    return [json.loads((folder / f"{way}-{rank}.json").read_text()) for rank in range(count)]
+    return [json.loads((folder / f"{way}-{index}.json").read_text()) for index in range(count)]
 
 
 class _Phases(RssPeak, TrainerCallback):
@@ -152,9 +152,9 @@ def _print(sizes: dict[str, int], runs: dict[str, list[dict[str, Any]]], count: 
     print(f"{told}; model / {count} + a layer: {bound / 1e6:.0f} MB")
     head = ("weights", "process", *(f"{phase}: {kind}" for phase in PHASES for kind in ("own MB", "mapped MB")))
     rows = [
-        [way, rank, *(f"{size / 1e6:.0f}" for phase in PHASES for size in found[phase])]
-        for way, ranks in runs.items()
-        for rank, found in enumerate(ranks)
+        [way, index, *(f"{size / 1e6:.0f}" for phase in PHASES for size in found[phase])]
+        for way, processes in runs.items()
+        for index, found in enumerate(processes)
     ]
     common.print_table("peak memory of each process above its floor", head, rows)
 

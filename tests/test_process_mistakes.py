@@ -27,18 +27,18 @@ SAME = {
 
 
 def tell(words):
-    import rank_mistakes  # which asks for its rank as it is imported
+    import process_mistakes  # which asks for its index as it is imported
 
-    rank_mistakes.main(Path(words[0]))
+    process_mistakes.main(Path(words[0]))
     return 0
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = tmp_path_factory.mktemp("processes")
     ended = world(2, [str(folder)], folder / "said.txt", run=tell)
     assert ended == [0, 0], (folder / "said.txt").read_text()[-3000:]
-    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads((folder / f"told-{index}.json").read_text()) for index in (0, 1)]
 
 
 @pytest.mark.parametrize("case", SAME)

@@ -1,4 +1,4 @@
-"""One rank of test_rank_mistakes.py: what each case ends in, as JSON."""
+"""One process of test_process_mistakes.py: what each case ends in, as JSON."""
 
 import contextlib
 import json
@@ -24,11 +24,11 @@ from lora_null.utils.distributed import all_gather, on_first_process, together
 from lora_null.utils.files import write_text
 
 BATCHES = random_batches(count=4)
-RANK = int(os.environ["RANK"])
+INDEX = int(os.environ["RANK"])
 
 
 def poisoned(batch):
-    """A token in one batch whose embedding is NaN: the rank that runs this batch meets it, the other does not."""
+    """A token in one batch whose embedding is NaN: the process that runs this batch meets it, the other does not."""
     model = tiny_model()
     model.model.embed_tokens.weight.data[77] = float("nan")
     ids = [b["input_ids"].masked_fill(b["input_ids"] == 77, 5) for b in BATCHES]
@@ -41,8 +41,8 @@ def start(model=None, batches=BATCHES, folder=None, config=None, **options):
     start_adapter(peft_model, batches, InitOptions(min_tokens=1, progress=False, **options), folder=folder)
 
 
-def only_on(rank, act):
-    if rank == RANK:
+def only_on(index, act):
+    if index == INDEX:
         act()
 
 
@@ -51,10 +51,10 @@ def refuse(*_, **__):
 
 
 @contextlib.contextmanager
-def broken(place, name, rank):
-    """Let a function of a module refuse on one rank."""
+def broken(place, name, index):
+    """Let a function of a module refuse on one process."""
     plain = getattr(place, name)
-    if rank == RANK:
+    if index == INDEX:
         setattr(place, name, refuse)
     try:
         yield
@@ -63,7 +63,7 @@ def broken(place, name, rank):
 
 
 def dense(form):
-    model, batches = poisoned(1)  # of rank 1
+    model, batches = poisoned(1)  # of process 1
     start(model, batches, form=form)
 
 
@@ -73,16 +73,16 @@ def drift_only():
     measure_inputs(peft_model, adapted_layers(peft_model), batches, progress=False)
 
 
-def while_solving(rank):
+def while_solving(index):
     from lora_null import solver as solving
 
-    with broken(solving, "null_factors", rank):
+    with broken(solving, "null_factors", index):
         start(folder=None)
 
 
 def damaged(folder):
     place = folder / "damaged"
-    if RANK == 0:
+    if INDEX == 0:
         start_alone = place / "factors.model.layers.0.safetensors"
         start_alone.parent.mkdir()
         start_alone.write_bytes(b"no tensors")
@@ -97,7 +97,7 @@ def cannot_write(folder):
 
 def zero_on_one():
     model = tiny_model()
-    if RANK == 1:
+    if INDEX == 1:
         model.model.layers[0].mlp.up_proj.weight.data.zero_()
     start(model)
 
@@ -108,7 +108,7 @@ def kept_base(folder):
     target = folder / "base"
     only_on(0, lambda: write_text(folder / "kept" / "key" / "eval.json", Evaluation({}, {}, 0.0).to_json()))
     end = time.monotonic() + 20
-    while RANK == 1 and not (target / "eval.json").is_file() and time.monotonic() < end:
+    while INDEX == 1 and not (target / "eval.json").is_file() and time.monotonic() < end:
         time.sleep(0.01)
     measure._find_or_measure(target, [], "key", refuse)
 
@@ -116,7 +116,7 @@ def kept_base(folder):
 def two_folders(folder):
     """One path that names another folder on each machine, in which an earlier attempt has left a recipe."""
     with contextlib.chdir(folder), broken(output, "claim", None):
-        os.makedirs(here := f"machine{RANK}/out")
+        os.makedirs(here := f"machine{INDEX}/out")
         os.chdir(Path(here).parent)
         write_text(Path("out", "recipe.yaml"), "")
         output.claim, output.SHARED_SECONDS = lambda *_, **__: None, 0.5
@@ -125,10 +125,10 @@ def two_folders(folder):
 
 
 def eva():
-    """Two bases that differ: what rank 0 deals out is every rank's."""
+    """Two bases that differ: both take what the first process deals out."""
     args = SimpleNamespace(disable_tqdm=True)
     config = EVA().config(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
-    trainer = SimpleNamespace(model=get_peft_model(tiny_model(seed=RANK), config), args=args)
+    trainer = SimpleNamespace(model=get_peft_model(tiny_model(seed=INDEX), config), args=args)
     found = EVA().compute(trainer, [{**b, "labels": b["input_ids"]} for b in BATCHES])
     mine, other = all_gather({name: tensor.tolist() for name, tensor in found.items()})
     assert mine and mine == other
@@ -138,11 +138,11 @@ CASES = {
     "NaN, layers": lambda folder: dense("layers"),
     "NaN, hooks": lambda folder: dense("hooks"),
     "NaN, drift": lambda folder: drift_only(),
-    "rank": lambda folder: start(config={"r": 4 if RANK == 0 else 33}),
-    "too few tokens": lambda folder: start(batches=BATCHES if RANK == 0 else []),
-    "other texts": lambda folder: start(batches=BATCHES if RANK == 0 else BATCHES[::-1]),
-    "other seed": lambda folder: start(seed=RANK),
-    "other base": lambda folder: start(tiny_model(seed=RANK)),
+    "rank": lambda folder: start(config={"r": 4 if INDEX == 0 else 33}),
+    "too few tokens": lambda folder: start(batches=BATCHES if INDEX == 0 else []),
+    "other texts": lambda folder: start(batches=BATCHES if INDEX == 0 else BATCHES[::-1]),
+    "other seed": lambda folder: start(seed=INDEX),
+    "other base": lambda folder: start(tiny_model(seed=INDEX)),
     "zero weight": lambda folder: zero_on_one(),
     "solving on 0": lambda folder: while_solving(0),
     "solving on 1": lambda folder: while_solving(1),
@@ -167,5 +167,5 @@ def main(folder: Path) -> None:
         except Exception as error:
             told[name] = f"{'UserError' if isinstance(error, UserError) else type(error).__name__}: {error}"
         dist.barrier()  # nobody is left behind in another collective
-    (folder / f"told-{RANK}.json").write_text(json.dumps(told))
+    (folder / f"told-{INDEX}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
