@@ -56,13 +56,16 @@ class Documents:
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
 
-def read_documents(paths: Sequence[Path], where: str, *, keep_bad: bool = False) -> Documents:
+def read_documents(
+    paths: Sequence[Path], where: str, *, keep_bad: bool = False, label_names: bool = True
+) -> Documents:
     """Read files of one kind as one data set.
 
     Args:
         paths: the files, in order.
         where: what asks for them, for messages.
         keep_bad: list lines that are no JSON or no UTF-8 in `Documents.bad` instead of refusing the file.
+        label_names: read the class labels of a parquet (`datasets.ClassLabel`) as their names, not as their numbers.
 
     Raises:
         UserError: a missing or empty file, an unknown kind, or what cannot be read, named by row.
@@ -83,7 +86,7 @@ def read_documents(paths: Sequence[Path], where: str, *, keep_bad: bool = False)
         raise UserError(f"{where}: files of two kinds, {paths[0]} and {other.name}; name one of them")
     try:
         for path in paths:
-            entries = READERS[kind](path)
+            entries = _parquet_rows(path, label_names) if kind == "parquet" else READERS[kind](path)
             for number, entry in enumerate(entries, start=last + 1):
                 if isinstance(entry, str):
                     found.bad.append(BadRow(number, entry))
@@ -102,10 +105,12 @@ def read_documents(paths: Sequence[Path], where: str, *, keep_bad: bool = False)
     return found
 
 
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+def _parquet_rows(path: Path, label_names: bool) -> list[dict[str, Any]]:
     table = pyarrow.parquet.ParquetFile(path).read()
     _check_distinct(table.column_names)
-    return from_arrow(table.to_pylist())
+    written = (table.schema.metadata or {}).get(b"huggingface")  # by `datasets`, about the columns
+    info = json.loads(written).get("info") if written and label_names else None
+    return from_arrow(table.to_pylist(), (info or {}).get("features") or {})
 
 
 def _check_distinct(names: Sequence[str], what: str = "columns") -> None:
@@ -119,15 +124,32 @@ def with_lists(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.items if isinstance(value, TextOfList) else value for name, value in row.items()}
 
 
-def from_arrow(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of an Arrow table without the keys that it fills into dicts: there all dicts of a column have all keys."""
-    return [{name: _without_filler(value) for name, value in row.items()} for row in rows]
+def from_arrow(rows: Iterable[Mapping[str, Any]], features: Mapping[str, Any] = {}) -> list[dict[str, Any]]:
+    """Return rows of an Arrow table as they were meant.
+
+    Without the keys that Arrow fills into dicts, of which all in a column have all keys there; and with the names of class
+    labels in place of their numbers. A number without a name, such as the −1 of rows without a label, is None.
+
+    Args:
+        rows: the rows.
+        features: `datasets.Features.to_dict()` of them.
+    """
+    return [{name: _as_meant(value, features.get(name)) for name, value in row.items()} for row in rows]
 
 
-def _without_filler(value: Any) -> Any:
+def _as_meant(value: Any, feature: Any) -> Any:
+    if isinstance(feature, list):  # as earlier versions of `datasets` wrote a list
+        feature = {"_type": "List", "feature": feature[0]}
+    feature = feature or {}
+    if isinstance(value, dict | list) and "_type" in feature:
+        feature = feature.get("feature", feature)
     if isinstance(value, dict):
-        return {key: _without_filler(inner) for key, inner in value.items() if inner is not None}
-    return [_without_filler(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _as_meant(inner, feature.get(key)) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_as_meant(inner, feature) for inner in value]
+    if feature.get("_type") != "ClassLabel":
+        return value
+    return feature["names"][value] if value in range(len(feature["names"])) else None
 
 
 def _csv_column(cells: Sequence[str]) -> Sequence[Any]:
@@ -303,6 +325,5 @@ def _row(entry: Any) -> dict[str, Any] | str:
 READERS: dict[str, Callable[[Path], Sequence[dict[str, Any] | str | None]]] = {
     "json": _json_rows,
     "csv": _csv_rows,
-    "parquet": _parquet_rows,
     "text": _text_rows,
 }

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from chats import assistant, chat_tokenizer, user
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
 from tiny import tiny_model, tiny_tokenizer
 from torch.utils.data import DataLoader
 from trainers import ROWS, quick
@@ -222,6 +222,7 @@ def test_rows_of_several_kinds_whose_other_fields_are_none():
     assert tokens(batches) == expected([f"{tools}<user>why\n<assistant>so</s>\n", "a b c"])
 
 
+LABELED = Dataset.from_dict({"text": [0, 1]}).cast_column("text", ClassLabel(names=["no", "yes"]))
 REFUSED = [
     ([*TEXTS, float("nan")], "row 41 cannot be used: is NaN, not text"),
     ([b"a"], "row 1 cannot be used: is a bytes, not text"),
@@ -232,6 +233,8 @@ REFUSED = [
     (["a", {"question": "b"}], "row 2 needs a field text, messages, conversations or input_ids, found question"),
     ({"text": ["a"], "n": [1, 2]}, "a dict of lists of different lengths"),
     (DatasetDict(a=Dataset.from_dict(COLUMN), b=Dataset.from_dict(COLUMN)), r"pass one of its splits \(a, b\)"),
+    (LABELED, "the text is a number of a class"),
+    (LABELED["text"], "the text is a number of a class"),
     (b"bytes", "a bytes; pass the rows"),
     ({"a", "b"}, "a set; pass the rows"),
     (5, "a int; pass the rows"),

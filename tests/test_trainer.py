@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,6 +22,10 @@ from lora_null.layer import _say_once, adapted_layers
 from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows, own_texts
 from lora_null.trainer.calibration_data import as_batches, padded_batches
 from lora_null.trainer.checkpoints import last_checkpoint, mark_complete
+
+LABELED = Dataset.from_dict({"prompt": ["a"] * 4, "completion": [0, 1, 1, 0]}).cast_column(
+    "completion", ClassLabel(names=["no", "yes"])
+)
 
 
 def make(
@@ -335,9 +339,13 @@ def test_any_other_adapter_only_gets_its_drift_measured(tmp_path):
         ({"rows": list(ROWS)}, "train_dataset: a list, not a data set"),
         ({"rows": ROWS.select([])}, "train_dataset: holds no row"),
         ({"eval_rows": {"a": ROWS, "b": ROWS.select([])}}, r"eval_dataset\['b'\]: holds no row"),
+        ({"rows": LABELED}, "train_dataset: 'completion' is a number of a class"),
+        ({"rows": LABELED.rename_column("completion", "about"), "dataset_text_field": "about"}, "'about' is a number"),
+        ({"rows": LABELED.cast_column("completion", Value("int8"))}, r"'completion' is int8, not text; cast_column"),
+        ({"rows": LABELED.rename_column("completion", "text")}, "'text' is a number of a class"),
     ],
 )
-def test_rows_that_are_no_data_set_or_none_are_one_line(rows, said, tmp_path):
+def test_rows_of_which_no_text_can_be_learned_are_one_line(rows, said, tmp_path):
     with pytest.raises(UserError, match=said):
         make(tmp_path, **rows)
 

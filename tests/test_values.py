@@ -4,6 +4,7 @@ import copy
 import json
 from decimal import Decimal
 
+import datasets
 import numpy as np
 import pandas as pd
 import pyarrow
@@ -15,7 +16,7 @@ from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from world import make_world, write_rows
 
-from lora_null.eval_harness.documents import FILE_KINDS, read_documents, with_lists
+from lora_null.eval_harness.documents import FILE_KINDS, BadRow, read_documents, with_lists
 from lora_null.eval_harness.lm_eval.task import LmEvalTask
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
@@ -189,6 +190,26 @@ class TestFilesAsTheyWereWritten:
         pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
         with pytest.raises(UserError, match="two columns are called 'a'"):
             read_documents([tmp_path / "a.parquet"], "x")
+
+    def test_class_labels_are_read_by_their_names(self, tmp_path, monkeypatch):
+        label = datasets.ClassLabel(names=["no", "yes"])
+        kinds = {"q": datasets.Value("string"), "a": label, "many": [label], "in": {"x": label}}
+        rows = [{"q": "x", "a": 1, "many": [1, 0], "in": {"x": 0}}, {"q": "y", "a": -1, "many": [], "in": {"x": None}}]
+        labeled = datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
+        pyarrow.parquet.write_table(labeled.data.table, tmp_path / "a.parquet")
+        named = [
+            {"q": "x", "a": "yes", "many": ["yes", "no"], "in": {"x": "no"}},
+            {"q": "y", "a": None, "many": [], "in": {}},
+        ]
+        assert read_documents([tmp_path / "a.parquet"], "x").rows == named
+        task = LmEvalTask("nq_open", path=str(tmp_path / "a.parquet"), fields={"question": "q", "answer": "q"})
+        (leaf,) = task.loaded["tasks"].values()
+        assert [doc["a"] for doc in leaf.eval_docs] == [1, -1]  # the rules of its tasks count their choices
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: labeled)
+        assert load_documents("hub/id", subset=None, split="train", where="data").rows == named
+        data = DataSection(path=str(tmp_path / "a.parquet"), prompt="q", response="a", on_bad_row="skip")
+        found = training_data(data, tiny_tokenizer(), preferences=False, max_length=None)
+        assert found.examples[0].written.text.endswith("yes</s>") and found.bad == [BadRow(2, "empty 'a'")]
 
     def test_whole_numbers_of_a_csv(self, tmp_path):
         (tmp_path / "a.csv").write_text("n,zip,big\n1,01,12345678901234567890\n-2,10,1\n")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas
 import torch
-from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -201,6 +201,9 @@ def as_batches(
     pad_token_id = getattr(tokenizer, "pad_token_id", None)
     pad = 0 if pad_token_id is None else pad_token_id
     if not isinstance(first, Mapping) or "input_ids" not in first:
+        features = getattr(source, "features", None)
+        for name in FIELDS:  # a column of a data set has a feature of its own
+            check_no_labels(features.get(name) if isinstance(features, Mapping) else features, "calibration: the text")
         if tokenizer is None:
             raise UserError("processing_class: calibration texts need a tokenizer, and the trainer has none")
         if is_stream:
@@ -249,6 +252,12 @@ def _rows(dataset: Any) -> tuple[Iterable[Any], bool]:
         return dataset, len(dataset) < 0
     except TypeError:
         return dataset, True
+
+
+def check_no_labels(feature: Any, what: str) -> None:
+    """Raise a UserError where a field of a data set holds the numbers of class labels, whose names may be meant."""
+    if isinstance(feature, ClassLabel):
+        raise UserError(f"{what} is a number of a class (ClassLabel); its feature's int2str gives the names")
 
 
 def _is_path(text: str) -> bool:

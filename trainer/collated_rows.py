@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_utils import has_length
 
+from lora_null.trainer.calibration_data import check_no_labels
 from lora_null.trainer.preflight import Mode, raise_or_warn
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
@@ -25,12 +26,13 @@ logger = get_logger(__name__)
 FIRST_LOOK, SECOND_LOOK = 64, 4096  # rows: enough where all is well; before anything is called missing
 
 
-def check_rows_given(name: str, rows: Any) -> None:
-    """Raise a UserError, before a model loads, for rows that are no data set, or for none.
+def check_rows_given(name: str, rows: Any, fields: Collection[str] = ()) -> None:
+    """Raise a UserError, before a model loads, for rows that are no data set, for none, or for numbers in place of texts.
 
     Args:
         name: of the argument.
         rows: a data set, or several by name; None where none is given.
+        fields: what the trainer reads as texts or messages, where the rows have it.
     """
     for key, one in rows.items() if isinstance(rows, dict) else [("", rows)]:
         where = f"{name}[{key!r}]" if key else name
@@ -38,6 +40,13 @@ def check_rows_given(name: str, rows: Any) -> None:
             raise UserError(f"{where}: a {type(one).__name__}, not a data set; datasets.Dataset.from_list makes one")
         if isinstance(one, Sized) and not len(one):
             raise UserError(f"{where}: holds no row")
+        features = getattr(one, "features", None) or {}
+        for field in () if "input_ids" in features else fields:
+            feature = features.get(field)
+            check_no_labels(feature, f"{where}: {field!r}")
+            if isinstance(feature, datasets.Value) and "string" not in feature.dtype:
+                cure = f"cast_column({field!r}, datasets.Value('string')) makes it one"
+                raise UserError(f"{where}: {field!r} is {feature.dtype}, not text; {cure}")
 
 
 @dataclass

@@ -241,7 +241,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
             )
         check_unadapted(model)
         for name in ("train_dataset", "eval_dataset"):
-            check_rows_given(name, given.get(name))
+            check_rows_given(name, given.get(name), self.fields_read(given))
         texts = start["calibration_dataset"] is not None
         if isinstance(peft_config, LoraNullConfig) and not texts and start["init_folder"] is None:
             raise UserError(
@@ -267,6 +267,10 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
             raise UserError("calibration_args: would not be read, there is no calibration_dataset")
         if has_reference(type(self), args):
             check_reference(given, takes_it="ref_model" in inspect.signature(super().__init__).parameters)
+
+    def fields_read(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return which fields of a row the parent trainer reads as texts or messages, as far as its trainer tells."""
+        return ()
 
     def _construct(self, given: dict[str, Any]) -> None:
         """Construct the parent trainer."""

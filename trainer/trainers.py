@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from lora_null.trainer.mixin import LoraNullMixin
 from lora_null.utils.quantized import keep_layout
@@ -28,6 +28,13 @@ class LoraNullSFTTrainer(LoraNullMixin, SFTTrainer):
     """
 
     learns_next_token = True
+
+    def fields_read(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+        """None where the rows are prepared already, or a function of the user's writes their texts."""
+        args = given.get("args")
+        prepared = (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
+        text = getattr(args, "dataset_text_field", SFTConfig.dataset_text_field)
+        return () if prepared or given.get("formatting_func") else ("prompt", "completion", "messages", text)
 
 
 class LoraNullDPOTrainer(LoraNullMixin, DPOTrainer):
@@ -52,6 +59,9 @@ class LoraNullDPOTrainer(LoraNullMixin, DPOTrainer):
     learns_next_token = True
     learns_pairs = True
     nothing_learned = "chosen and rejected are equal, or only their prompts are left of them,"
+
+    def fields_read(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+        return "prompt", "chosen", "rejected"
 
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         """As the parent trainer, which does so inside its constructor where it is ahead of the training."""

@@ -351,7 +351,7 @@ def _leaves(name: str, manager: TaskManager) -> Iterator[str]:
 def _read(task: LmEvalTask, path: str, rules: str = "") -> datasets.Dataset:
     """Return the documents of a local file under the task's field names; none may lack a field that the rules name."""
     with lm_eval_silenced(logging.ERROR):
-        found = read_documents([Path(path)], str(task))
+        found = read_documents([Path(path)], str(task), label_names=False)  # a task's rules count its choices
     rows = [with_lists(row) for row in found.rows]
     columns = {name: [row.get(name) for row in rows] for name in found.columns}
     try:

@@ -64,7 +64,7 @@ def load_documents(
     if not len(rows):
         raise UserError(f"{where}.path: {path} holds no rows")
     kept = rows if limit is None else rows.select(range(min(limit, len(rows))))
-    return Documents(from_arrow(kept), list(range(1, len(kept) + 1)))
+    return Documents(from_arrow(kept, kept.features.to_dict()), list(range(1, len(kept) + 1)))
 
 
 def _files_of(folder: Path, split: str, where: str) -> list[Path]:
