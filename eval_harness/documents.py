@@ -21,12 +21,14 @@ import pyarrow
 import pyarrow.parquet
 
 from lora_null.eval_harness.chat_exports import exported_turns, joined_messages
+from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.values import TextOfList, as_conversation, as_written, is_conversation, is_written
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 FILE_KINDS |= {".ndjson": "json", ".txt": "text", ".md": "text"}
 DELIMITERS = ",;\t|"  # of a csv
+KEYS_OF_ROWS = ("data", "rows", "examples", "records", "instances")  # beside which a json file may say more
 CHUNK_CHARACTERS = 1500  # characters of a text file that make a row, about
 END_WORDS = 24  # the last words of such a row, at most, that are asked for where the rest is a prompt
 TEXT_FIELDS = ["text", "beginning", "ending", "file", "last"]  # of such a row
@@ -267,7 +269,7 @@ def _json_rows(path: Path) -> list[dict[str, Any] | str | None]:
     elif isinstance(value, list):
         entries = value
     else:
-        entries = [value] if path.suffix.lower() == ".jsonl" else _rows_of_object(value)
+        entries = [value] if path.suffix.lower() == ".jsonl" else _rows_of_object(value, path.name)
     return [None if isinstance(entry, bytes) and not entry.strip() else _row(entry) for entry in entries]
 
 
@@ -283,21 +285,39 @@ def _parsed(data: bytes | str) -> Any:
     return json.loads(data, object_pairs_hook=distinct)
 
 
-def _rows_of_object(value: dict[str, Any]) -> list[Any]:
+def _rows_of_object(value: dict[str, Any], file: str) -> list[Any]:
     """Return the rows of a file that is one object: rows under one key, columns (lists, or pandas' dicts by index), or a row."""
-    columns = list(value.values())
-    if len(columns) == 1 and isinstance(columns[0], list) and columns[0]:
-        inner = columns[0]
-        if all(isinstance(entry, dict) for entry in inner) and not is_conversation(inner):
-            return inner
-    if columns and all(isinstance(c, dict) and "0" in c and c.keys() == columns[0].keys() for c in columns):
-        columns = [list(column.values()) for column in columns]
+    columns, key = list(value.values()), _key_of_rows(value)
+    if key is not None:
+        if others := ", ".join(name for name in value if name != key):
+            print_once(f"read in {file}: the rows under {key!r}, and not what stands beside them: {others}")
+        return value[key]
+    if columns and all(isinstance(column, dict) for column in columns):
+        if columns[0].keys() == set().union(*columns) and all(map(str.isdecimal, columns[0])):
+            columns = [list(column.values()) for column in columns]
+        elif len(columns) > 1 and not any({"role", "from"} & column.keys() for column in columns):
+            raise ValueError(f"{len(columns)} objects, each under a key such as {min(value)!r}; write them as a list")
     if not columns or not all(isinstance(c, list) for c in columns) or all(map(is_conversation, columns)):
         return [value]
     if len({len(column) for column in columns}) > 1:
         lengths = ", ".join(f"{name} {len(column)}" for name, column in zip(value, columns))
         raise ValueError(f"one object of lists of different lengths: {lengths}")
     return [dict(zip(value, row)) for row in zip(*columns)]
+
+
+def _key_of_rows(value: dict[str, Any]) -> str | None:
+    """Return the key of an object that holds its rows; None where it is a table or a row itself.
+
+    Raises:
+        ValueError: lists of rows under several keys.
+    """
+    lists = [name for name, held in value.items() if isinstance(held, list) and held and not is_conversation(held)]
+    lists = [name for name in lists if all(isinstance(entry, dict) for entry in value[name])]
+    if len(lists) == len(value) > 1:
+        raise ValueError(f"lists of rows under {' and '.join(map(repr, lists))}; write one to a file of its own")
+    lengths = {len(held) if isinstance(held, list) else None for held in value.values()}
+    found = [name for name in lists if len(value) == 1 or (name.lower() in KEYS_OF_ROWS and len(lengths) > 1)]
+    return found[0] if len(found) == 1 else None
 
 
 def _row(entry: Any) -> dict[str, Any] | str:

@@ -268,7 +268,10 @@ WHOLE_FILES = {  # what stands in a .json file → its rows
     "an array": (ENTRIES, ENTRIES),
     "columns": ({"question": ["q0", "q1"], "answer": [["a"], "b"]}, [{"question": "q0", "answer": ["a"]}, {"question": "q1", "answer": "b"}]),
     "pandas' columns by index": (json.loads(pd.DataFrame(ENTRIES).to_json()), ENTRIES),
-    "rows under one key": ({"data": ENTRIES}, ENTRIES),
+    "pandas' columns of a part": (json.loads(pd.DataFrame(ENTRIES)[1:].to_json()), ENTRIES[1:]),
+    "rows under one key": ({"entries": ENTRIES}, ENTRIES),
+    "rows beside what is said of them": ({"Version": 1.1, "info": {"a": 1}, "Data": ENTRIES, "tags": ["a"]}, ENTRIES),
+    "one row beside its passages": ({"question": "q", "passages": ENTRIES}, [{"question": "q", "passages": ENTRIES}]),
     "one row": ({"question": "q", "answer": ["a", "b"]}, [{"question": "q", "answer": ["a", "b"]}]),
     "one conversation": ({"messages": CONVERSATION}, [{"messages": CONVERSATION}]),
     "one row of conversations": ({"prompt": CONVERSATION, "chosen": CONVERSATION[:1]}, [{"prompt": CONVERSATION, "chosen": CONVERSATION[:1]}]),
@@ -336,10 +339,12 @@ def test_exported_chats_are_conversations(tmp_path, of):
 
 
 @pytest.mark.parametrize("kind", WHOLE_FILES)
-def test_a_json_file_that_is_one_object(tmp_path, kind):
+def test_a_json_file_that_is_one_object(tmp_path, kind, capsys):
     whole, rows = WHOLE_FILES[kind]
-    (tmp_path / "a.json").write_text(json.dumps(whole, indent=1))
-    assert read_documents([tmp_path / "a.json"], "x").rows == rows
+    (tmp_path / f"{kind}.json").write_text(json.dumps(whole, indent=1))
+    assert read_documents([tmp_path / f"{kind}.json"], "x").rows == rows
+    told = f"read in {kind}.json: the rows under 'Data', and not what stands beside them: Version, info, tags\n"
+    assert capsys.readouterr().out == (told if "Version" in whole else "")
 
 
 def test_a_long_line_behind_spaces(tmp_path):
@@ -371,9 +376,27 @@ def test_an_entry_is_data_by_the_kinds_that_are_read():
     assert set(DATA_FILES) == set(FILE_KINDS)  # named in the schema once more, which does not wait for their readers
 
 
-def test_lists_of_different_lengths(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"question": ["a", "b"], "answer": ["c"]}))
-    with pytest.raises(UserError, match="lists of different lengths: question 2, answer 1"):
+@pytest.mark.parametrize(
+    "whole, reason",
+    [
+        (
+            {"question": ["q0", "q1"], "answer": ["a"]},
+            "one object of lists of different lengths: question 2, answer 1",
+        ),
+        (
+            {"train": ENTRIES, "test": ENTRIES},
+            "lists of rows under 'train' and 'test'; write one to a file of its own",
+        ),
+        ({"id-1": ENTRIES[0], "id-2": ENTRIES[1]}, "2 objects, each under a key such as 'id-1'; write them as a list"),
+        (
+            {"1": {"messages": CONVERSATION}, "2": {"messages": CONVERSATION}},
+            "2 objects, each under a key such as '1'",
+        ),
+    ],
+)
+def test_an_object_that_may_be_read_in_several_ways(tmp_path, whole, reason):
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=reason):
         read_documents([tmp_path / "a.json"], "x")
 
 
