@@ -209,6 +209,12 @@ def test_a_method_may_have_values_of_its_own(tmp_path, capsys):
         str(make_world(tmp_path, grid=raw)), methods="lora,full", sweeps=["training.learning_rate=5e-3"]
     )
     assert [cell.methods for cell in grid_cells(swept)] == [("lora", "full")]  # asked for on the command line
+    assert "is not read" not in capsys.readouterr().err
+    words = ["method.options={replay: {share: 0.5}, eva: {}}"]
+    load_recipe(str(make_world(tmp_path, grid=raw)), words, methods="lora")
+    said = capsys.readouterr().err
+    assert "method.options: is not read for replay, which method.name does not have\n" in said
+    assert "grid.per_method: is not read for full, which method.name does not have\n" in said
 
 
 def test_the_space_of_a_grid_without_weights_is_that_of_the_runs_at_a_time(monkeypatch):

@@ -344,6 +344,7 @@ def load_recipe(
     _resolve_method_files(raw.get("method"), path.parent)
     recipe = parse_recipe(raw, path.stem)
     _check_swept(keys, recipe.grid)
+    _tell_of_others(recipe)
     recipe.name = recipe.name or path.stem
     if output_dir == "":
         raise UserError("--output-dir: is empty, give a folder")
@@ -389,6 +390,14 @@ def _check_swept(keys: Sequence[str], grid: GridSection) -> None:
             f"argument {key}: the grid has values of its own for {'it' if key == swept else swept}; {option} replaces them, "
             "grid={} runs it once"
         )
+
+
+def _tell_of_others(recipe: Recipe) -> None:
+    """Say which methods a recipe sets something for that it does not run, as where --method takes some of a file's alone."""
+    for key, given in (("method.options", recipe.method.options), ("grid.per_method", recipe.grid.per_method)):
+        others = [name for name, own in given.items() if own and name not in recipe.method.name]
+        if others and launched_index() == 0:
+            logger.warning(f"{key}: is not read for {', '.join(others)}, which method.name does not have")
 
 
 def _swept_values(text: str) -> list[Any]:
