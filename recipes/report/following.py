@@ -195,7 +195,8 @@ def sequence_tables(results: Results) -> dict[str, Any] | None:
     transfers = [f"{which} transfer{points} ↑" for which in ("Backward", "Forward")]
     average = "Mean at the end"
     transfers.append(_titled(found.base[found.metrics[0]], average) if alike else average)
-    return {"head": head, "tables": tables, "transfers": transfers, "summary": summary}
+    apart = sorted(unit or "no unit" for unit in set(units)) if len(set(units)) > 1 else []
+    return {"head": head, "tables": tables, "transfers": transfers, "summary": summary, "apart": apart}
 
 
 def _titled(metric: Metric, title: str) -> str:

@@ -210,6 +210,17 @@ def test_a_sequences_tables_have_units_and_directions():
     assert headline(found).endswith("Learning here is that of sums alone.")
 
 
+def test_tasks_of_several_units_are_told_to_have_no_mean(tmp_path):
+    cells = [Metric(0.4, 0.02, 50, True, "task", unit) for unit in ("nats", "fraction")]
+    transfers = [Transfer(method="lora", matrix=[cells, cells], lost=[(0.1, None)], ahead=[(0.2, None)])]
+    tasks = {"tasks": ["a", "b"], "metrics": ["a", "b"], "base": dict(zip("ab", cells)), "transfers": transfers}
+    write_results(tmp_path, results().model_copy(update={"sequence": SequenceResults(**tasks)}))
+    write_report(tmp_path)
+    for page in ("report.md", "report.html"):
+        said = (tmp_path / page).read_text()
+        assert "Here these are of several units (fraction, nats), of which there is no mean (–)." in said
+
+
 def unfinished(folder):
     """A run that has evaluated the base, finished one method and begun another."""
     (folder / "base").mkdir(parents=True)
