@@ -123,7 +123,7 @@ def _answers(entry: AnswersEntry, role: Role, context: EvalContext) -> AnswerTas
     fields.setdefault("template", CHAT if "messages" in fields and context.tokenizer.chat_template else "qa")
     section = DataSection(**fields, thinking=context.recipe.data.thinking)
     examples, bad = read_examples(section, context.tokenizer, preferences=False, where=where)
-    policy = context.recipe.data.on_bad_row or "error"
+    policy = entry.on_bad_row or context.recipe.data.on_bad_row or "error"
     leave_out(bad, len(examples) + len(bad), f"rows of {where}", policy, where=where)
     end = _end_of(section.template, context.tokenizer)
     pairs = [_text_pair(example, end) for example in examples]
@@ -178,7 +178,8 @@ def _preferences(entry: PreferencesEntry, role: Role, context: EvalContext) -> P
     kept = [i for i, pair in enumerate(chosen) if pair and rejected[i]]
     lost = [examples[i].row for i in sorted({*range(len(examples))} - {*kept})]
     bad = [*bad, *(BadRow(row, f"prompt longer than max_length ({max_length} tokens)") for row in lost)]
-    leave_out(bad, len(kept) + len(bad), f"rows of {where}", recipe.data.on_bad_row, where=where)
+    policy = entry.on_bad_row or recipe.data.on_bad_row
+    leave_out(bad, len(kept) + len(bad), f"rows of {where}", policy, where=where)
     beta = entry.beta or recipe.training.get("beta", DPOConfig.beta)
     return PreferenceTask(entry.preferences, [chosen[i] for i in kept], [rejected[i] for i in kept], beta, role)
 

@@ -28,6 +28,7 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import parse_recipe
 from lora_null.recipes.config.stages import join_recipes, stage_recipes
 from lora_null.recipes.data.examples import tokenize
+from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
 from lora_null.recipes.job import check_run
 from lora_null.recipes.results import Row, Seconds, load_results, write_results
 from lora_null.recipes.sequence import check_stages, collect, space_of_sequence, training_ids, transfer, with_earlier
@@ -447,6 +448,23 @@ def test_rewards_are_multiplied_by_their_own_tasks_beta():
     own = recipes[0].model_dump(mode="json")
     own["eval"]["task"][0]["beta"] = 2.0
     assert stage_recipes(join_recipes([parse_recipe(own, "own"), recipes[1]]))[1].eval.task[0].beta == 2.0
+
+
+def test_bad_rows_of_an_evaluation_are_as_its_own_task_says(tmp_path):
+    """After the other task too, whose recipe says the other thing."""
+    paths = recipes_in(tmp_path)
+    rows = [*({"question": f"q{i}", "answer": "a"} for i in range(8)), {"question": "q", "answer": ""}]
+    of_first = f"eval.task=[{write_rows(tmp_path / 'bad.jsonl', rows)}]"
+
+    def measured(own, other):
+        words = [[f"data.on_bad_row={own}", of_first], [f"data.on_bad_row={other}"]]
+        stages = stage_recipes(join_recipes([load_recipe(path, said) for path, said in zip(paths, words)]))
+        for stage in reversed(stages):
+            yield [len(task.pairs) for task in eval_tasks(EvalContext(stage, tiny_tokenizer())) if task.role == "task"]
+
+    assert list(measured("skip", "error")) == [[8, 8]] * 2
+    with pytest.raises(UserError, match="1 of 9 rows cannot be used: 1 empty 'answer'"):
+        next(measured("error", "skip"))
 
 
 def test_words_hold_for_tasks_that_say_otherwise(tmp_path):

@@ -107,6 +107,7 @@ MAX_LISTED = 16  # keys, where none is like the one that was given
 PATH = Field(min_length=1, description="hub id, local file or folder")
 OFFSET = Field(0, ge=0, description="rows to skip")
 ROWS_AFTER = Field(None, ge=1, description="first rows after `offset` only")
+BAD_ROW = Field(None, description="rows that cannot be measured; when not given, as data.on_bad_row says")
 SUBSET = Field(None, description="configuration of a hub data set, or the folder of it in a local one")
 SPLIT = "split of a hub data set or a folder; not read of a single file"
 
@@ -552,6 +553,7 @@ class AnswersEntry(Section):
     )
     offset: int = OFFSET
     limit: int | None = ROWS_AFTER
+    on_bad_row: Literal["error", "skip"] | None = BAD_ROW
 
     @model_validator(mode="after")
     def _one_way(self) -> AnswersEntry:
@@ -572,6 +574,7 @@ class PreferencesEntry(Section):
     beta: float | None = Field(None, gt=0, description="DPO's, by which rewards are multiplied; null: training.beta")
     offset: int = OFFSET
     limit: int | None = ROWS_AFTER
+    on_bad_row: Literal["error", "skip"] | None = BAD_ROW
 
 
 class MTBenchEntry(Section):

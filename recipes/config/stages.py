@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.run_folder import TASKS_FOLDER
-from lora_null.recipes.config.schema import Recipe, parse_recipe
+from lora_null.recipes.config.schema import AnswersEntry, PreferencesEntry, Recipe, parse_recipe
 from lora_null.utils.errors import UserError
 
 OVERLAID = ("data", "training", "eval", "trainer")  # what a task may set for itself
@@ -100,11 +100,15 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
         if recipe.budget is not None:
             own["budget"] = raw["budget"] | {"at_most": recipe.budget.at_most * number / len(section.tasks)}
         own["output_dir"] = str(stage_folder(Path(recipe.output_dir), number, task["name"]))
-        every.append([_with_beta(entry, own["training"]) for entry in own["eval"]["task"]])
+        every.append(own["eval"]["task"])
         stages.append(own)
     for own in stages:
         own["eval"]["task"] = [entry for entries in every for entry in entries]
     parsed = [parse_recipe(own, f"sequence.tasks: {own['name']}") for own in stages]
+    owners = [own for own, entries in zip(parsed, every) for _ in entries]
+    for stage in parsed:
+        for entry, own in zip(stage.eval.task, owners):
+            _measure_as_in(own, entry)
     if any(not entries for entries in every):
         raise UserError(
             f"sequence.tasks: {names[every.index([])]} has no eval.task, nothing would tell whether it is kept"
@@ -112,13 +116,14 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
     return parsed
 
 
-def _with_beta(entry: Any, training: dict[str, Any]) -> Any:
-    """Return an entry of `eval`; rewards of preferences are multiplied by their own task's beta after other tasks too."""
-    if not isinstance(entry, dict) or "preferences" not in entry or entry.get("beta") is not None:
-        return entry
-    from trl import DPOConfig  # which takes seconds, and hardly a recipe measures preferences
+def _measure_as_in(task: Recipe, entry: Any) -> None:
+    """Put into an entry of `eval`, in place, what its own task's recipe says of it, which holds after other tasks too."""
+    if isinstance(entry, AnswersEntry | PreferencesEntry):
+        entry.on_bad_row = entry.on_bad_row or task.data.on_bad_row
+    if isinstance(entry, PreferencesEntry) and entry.beta is None:
+        from trl import DPOConfig  # which takes seconds, and hardly a recipe measures preferences
 
-    return entry | {"beta": training.get("beta", DPOConfig.beta)}
+        entry.beta = task.training.get("beta", DPOConfig.beta)
 
 
 def _check_overlay(task: dict[str, Any]) -> None:
