@@ -31,6 +31,7 @@ from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
 from lora_null.eval_harness.lm_eval.vllm import check_vllm
 from lora_null.recipes.config.schema import YAML_SUFFIXES, LmEvalEntry, ModelSection, MTBenchEntry, Recipe
 from lora_null.recipes.data.examples import Example, TrainingData, tokenize
+from lora_null.recipes.data.templates import CHAT
 from lora_null.recipes.models.bases import attention, load_config
 from lora_null.recipes.models.plan import MethodPlan, recipe_method, with_method
 from lora_null.recipes.models.quantization import check_bitsandbytes
@@ -192,6 +193,8 @@ def check_answers_end(
     recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, training: Any, data: TrainingData
 ) -> None:
     """Check that an end token is among what is learned, as the trainer does once the model is loaded."""
+    if recipe.trainer == "dpo" and recipe.data.template != CHAT and tokenizer.eos_token is None:
+        raise UserError("model.eos_token: the tokenizer has no end token, which ends every response; name one")
     if recipe.preflight == "off":
         return
     rows = tokenize(data.examples[:CHECKED_ROWS], recipe.data.template, tokenizer)

@@ -30,11 +30,14 @@ def base(tmp_path_factory):
     write_rows(folder / "empty_answer.jsonl", [{"question": "q", "answer": "  "}])
     write_rows(folder / "mt.jsonl", [{"question_id": 1, "category": "math", "turns": ["a", "b"]}])
     write_rows(folder / "pairs.jsonl", [{"prompt": "p", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(8)])
-    for name in ("unweighted", "damaged", "endless"):
+    for name in ("unweighted", "damaged", "endless", "unended"):
         shutil.copytree(folder / "model", folder / name)
     (folder / "unweighted" / "model.safetensors").unlink()
     with open(folder / "damaged" / "model.safetensors", "r+b") as file:
         file.truncate(1000)
+    unended = tiny_tokenizer()
+    unended.eos_token = None
+    unended.save_pretrained(folder / "unended")
     (folder / "endless" / "chat_template.jinja").write_text(OTHERS)
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=36, n_embd=32, n_layer=1, n_head=2)).save_pretrained(
@@ -77,7 +80,13 @@ MISTAKES = [
         "rows cannot be used: 40 prompt longer than max_length (4 tokens)",
     ),
     (["model.name_or_path={0}/endless", "data.template=chat"], "the end token '</s>' is in no label"),
+    (["model.name_or_path={0}/unended"], "the tokenizer names no end token, so the model would never learn to stop"),
+    ([*DPO, "model.name_or_path={0}/unended", "preflight=off"], "model.eos_token: the tokenizer has no end token"),
     (["data.template=chat"], "data.template"),
+    (
+        ["eval.task=[{{answers: n, path: {0}/numbers.jsonl, template: chat}}]"],
+        "eval.task.template: 'chat' needs a model with a chat template",
+    ),
     (["model.eos_token=<end>"], "model.eos_token: the tokenizer of"),
     (["model.name_or_path={0}/unweighted"], "holds a configuration but no weights (model.safetensors is missing)"),
     (["model.name_or_path={0}/damaged"], "damaged are damaged (model.safetensors: "),

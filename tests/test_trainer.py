@@ -7,25 +7,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from chats import assistant, user
 from datasets import ClassLabel, Dataset, Value
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import losses_over, random_batches, tiny_model, tiny_tokenizer
-from trainers import CUT, ROWS, TEXTS, quick
-from trl import SFTConfig, SFTTrainer
+from trainers import CUT, PAIRS, ROWS, TEXTS, quick
+from transformers import LlamaConfig
+from trl import DPOConfig, SFTConfig, SFTTrainer
 from trl.trainer import utils
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, layerwise
 from lora_null.layer import _say_once, adapted_layers
-from lora_null.trainer import CalibrationArgs, LoraNullSFTTrainer, calibration_windows, own_texts
+from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows, own_texts
 from lora_null.trainer.calibration_data import as_batches, padded_batches
 from lora_null.trainer.checkpoints import last_checkpoint, mark_complete
 
 LABELED = Dataset.from_dict({"prompt": ["a"] * 4, "completion": [0, 1, 1, 0]}).cast_column(
     "completion", ClassLabel(names=["no", "yes"])
 )
+
+
+TALKS = Dataset.from_list([{"messages": [user("a"), assistant("b")]}] * 4)
 
 
 def make(
@@ -348,6 +353,35 @@ def test_any_other_adapter_only_gets_its_drift_measured(tmp_path):
 def test_rows_of_which_no_text_can_be_learned_are_one_line(rows, said, tmp_path):
     with pytest.raises(UserError, match=said):
         make(tmp_path, **rows)
+
+
+@pytest.mark.parametrize(
+    "rows, lacks, said",
+    [
+        (ROWS, ["eos_token"], "processing_class: has no end token to write behind a text; set its eos_token"),
+        (PAIRS.to_iterable_dataset(), ["eos_token"], "processing_class: has no end token"),
+        (TALKS, ["eos_token", "pad_token"], "train_dataset: holds conversations, and processing_class has no chat template"),
+        (TALKS.rename_column("messages", "conversations"), [], "train_dataset: holds conversations"),
+        (Dataset.from_dict({"chosen": TALKS["messages"], "rejected": TALKS["messages"]}), [], "holds conversations"),
+        (Dataset.from_dict({"input_ids": [[5, 6]] * 4}), ["eos_token", "pad_token"], "has no token to pad with"),
+        (Dataset.from_dict({"input_ids": [[5, 6]] * 4}), ["eos_token"], None),
+    ],
+)  # fmt: skip
+def test_what_a_tokenizer_lacks_to_write_the_rows_is_one_line_before_a_model_loads(rows, lacks, said, tmp_path):
+    tokenizer = tiny_tokenizer()
+    for name in lacks:
+        setattr(tokenizer, name, None)
+    tokenizer.save_pretrained(tmp_path)
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)  # and no weights
+    kind, args = (LoraNullDPOTrainer, DPOConfig) if "chosen" in rows.column_names else (LoraNullSFTTrainer, SFTConfig)
+    with pytest.raises(UserError if said else OSError, match=said):
+        kind(
+            model=str(tmp_path),
+            args=args(**quick(tmp_path)),
+            train_dataset=rows,
+            peft_config=LoraNullConfig(r=4),
+            calibration_dataset=TEXTS,
+        )
 
 
 def test_layers_without_a_list_of_targets_are_one_line():

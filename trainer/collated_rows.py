@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pyarrow.compute as pc
 import torch
-from transformers import PreTrainedConfig, Trainer
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import has_length
 
 from lora_null.trainer.calibration_data import check_no_labels
@@ -20,6 +20,7 @@ from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit, position_limit
 from lora_null.utils.model_state import preserve
 from lora_null.utils.tokens import end_ids, tokenizer_of
+from lora_null.utils.values import is_conversation
 
 logger = get_logger(__name__)
 
@@ -47,6 +48,36 @@ def check_rows_given(name: str, rows: Any, fields: Collection[str] = ()) -> None
             if isinstance(feature, datasets.Value) and "string" not in feature.dtype:
                 cure = f"cast_column({field!r}, datasets.Value('string')) makes it one"
                 raise UserError(f"{where}: {field!r} is {feature.dtype}, not text; {cure}")
+
+
+def check_can_write(given: Mapping[str, Any], fields: Collection[str]) -> None:
+    """Raise a UserError for rows that a tokenizer lacks something to write: a chat template, an end token, one to pad with.
+
+    Args:
+        given: the trainer's arguments, by name; the tokenizer may be unknown yet.
+        fields: what the trainer reads as texts or messages; nothing where the rows are prepared already.
+    """
+    args, tokenizer = given.get("args"), tokenizer_of(given.get("processing_class"))
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not fields:
+        return
+    end = getattr(args, "eos_token", None) or tokenizer.eos_token
+    for name in ("train_dataset", "eval_dataset"):
+        rows = given.get(name)
+        for one in rows.values() if isinstance(rows, dict) else [rows]:
+            first = next(iter(one), None) if isinstance(one, Iterable) else None
+            if not isinstance(first, Mapping) or "input_ids" in first:
+                continue
+            said = [first.get(field) for field in (*fields, "conversations")]
+            if not any(is_conversation(value) for value in said if not isinstance(value, str)):
+                if end is None:
+                    raise UserError("processing_class: has no end token to write behind a text; set its eos_token")
+            elif not tokenizer.chat_template and not getattr(args, "chat_template_path", None):
+                raise UserError(
+                    f"{name}: holds conversations, and processing_class has no chat template; set its chat_template"
+                )
+    pad = getattr(args, "pad_token", None) or tokenizer.pad_token or end
+    if pad is None and given.get("data_collator") is None:
+        raise UserError("processing_class: has no token to pad with, and none that ends a text; set its pad_token")
 
 
 @dataclass
@@ -137,14 +168,18 @@ def _batches_of(dataset: Any, count: int, size: int) -> Iterator[list[dict[str, 
 
 
 def check_labels(
-    rows: Iterable[tuple[list[int], list[int]]], ends: set[int], eos_token: str, max_length: int | None, mode: Mode
+    rows: Iterable[tuple[list[int], list[int]]],
+    ends: set[int],
+    eos_token: str | None,
+    max_length: int | None,
+    mode: Mode,
 ) -> None:
     """Check rows of (ids, labels) as `check_rows` does, before there is a model or a collator.
 
     Args:
         rows: as they are cut.
         ends: ids that end an answer.
-        eos_token: what the tokenizer calls its end token, for the message.
+        eos_token: what the tokenizer calls its end token, for the message; None where it has none.
         max_length: where rows are cut; None where they are not.
         mode: what to do with a finding.
     """
@@ -156,9 +191,10 @@ def check_labels(
     _judge(look, eos_token, "every label is masked", mode)
 
 
-def _judge(look: _LabelStats, eos_token: str, nothing_learned: str, mode: Mode) -> None:
+def _judge(look: _LabelStats, eos_token: str | None, nothing_learned: str, mode: Mode) -> None:
     """Refuse or say what the rows that were looked at do not teach: anything, or to end an answer."""
     seen = f"in the {look.rows} rows looked at"
+    lost = f"the end token {eos_token!r} is in no label {seen}" if eos_token else "the tokenizer names no end token"
     if not look.rows:
         raise_or_warn(mode, "training data: no row is left to train on")
     elif not look.learned:
@@ -172,13 +208,11 @@ def _judge(look: _LabelStats, eos_token: str, nothing_learned: str, mode: Mode) 
     elif look.prompted:
         raise_or_warn(
             mode,
-            f"training data: the end token {eos_token!r} is in no label {seen}, so the model would never "
+            f"training data: {lost}, so the model would never "
             "learn to stop; check the template, the collator, and which token ends an answer (eos_token)",
         )
     elif look.whole:
-        logger.warning(
-            f"training data: the end token {eos_token!r} is in no label {seen}; the model does not learn to stop"
-        )
+        logger.warning(f"training data: {lost}; the model does not learn to stop")
 
 
 def _check_lengths(trainer: Any, limit: PositionLimit, seen: int, mode: Mode) -> None:

@@ -49,7 +49,13 @@ from lora_null.trainer.checkpoints import (
     last_checkpoint,
     warn_without_optimizer,
 )
-from lora_null.trainer.collated_rows import check_last_batches, check_rows, check_rows_given, check_windows
+from lora_null.trainer.collated_rows import (
+    check_can_write,
+    check_last_batches,
+    check_rows,
+    check_rows_given,
+    check_windows,
+)
 from lora_null.trainer.loss_terms import LossTermsMixin
 from lora_null.trainer.methods import (
     METHODS,
@@ -76,7 +82,12 @@ from lora_null.trainer.preflight import (
 )
 from lora_null.trainer.reference import check_reference, check_reference_stays, has_reference
 from lora_null.trainer.training_watch import TrainingWatch
-from lora_null.trainer.trl_internals import arguments_by_name, check_fused_head, let_copies_compute
+from lora_null.trainer.trl_internals import (
+    arguments_by_name,
+    check_fused_head,
+    let_copies_compute,
+    processing_class_of,
+)
 from lora_null.trainer.weights_in_files import WeightsInFilesMixin, leave_in_files
 from lora_null.utils.distributed import all_gather, get_logger, on_first_process, together
 from lora_null.utils.errors import UserError
@@ -173,6 +184,8 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
     ) -> None:
         check_mode(preflight)
         given = arguments_by_name(type(self), LoraNullMixin, args, kwargs)
+        if self.fields_read(given):
+            given["processing_class"] = processing_class_of(given)
         start = {"calibration_dataset": calibration_dataset, "calibration_args": calibration_args}
         start |= {"init_options": init_options, "init_folder": init_folder, "reuse_init": reuse_init or None}
         self._check_given(given, method, start, preflight)
@@ -242,6 +255,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         check_unadapted(model)
         for name in ("train_dataset", "eval_dataset"):
             check_rows_given(name, given.get(name), self.fields_read(given))
+        check_can_write(given, self.fields_read(given))
         texts = start["calibration_dataset"] is not None
         if isinstance(peft_config, LoraNullConfig) and not texts and start["init_folder"] is None:
             raise UserError(
@@ -269,7 +283,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
             check_reference(given, takes_it="ref_model" in inspect.signature(super().__init__).parameters)
 
     def fields_read(self, given: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return which fields of a row the parent trainer reads as texts or messages, as far as its trainer tells."""
+        """Return which fields of a row the parent trainer writes as texts; none where others prepare them, or nobody knows."""
         return ()
 
     def _construct(self, given: dict[str, Any]) -> None:

@@ -30,11 +30,12 @@ class LoraNullSFTTrainer(LoraNullMixin, SFTTrainer):
     learns_next_token = True
 
     def fields_read(self, given: Mapping[str, Any]) -> tuple[str, ...]:
-        """None where the rows are prepared already, or a function of the user's writes their texts."""
         args = given.get("args")
-        prepared = (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
+        if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+            return ()
         text = getattr(args, "dataset_text_field", SFTConfig.dataset_text_field)
-        return () if prepared or given.get("formatting_func") else ("prompt", "completion", "messages", text)
+        written = () if given.get("formatting_func") else (text,)  # else by a function of the user's
+        return "prompt", "completion", "messages", *written
 
 
 class LoraNullDPOTrainer(LoraNullMixin, DPOTrainer):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 from trl.trainer import utils as trl_utils
 
 from lora_null.utils.errors import UserError
@@ -38,6 +39,21 @@ def arguments_by_name(kind: type, mixin: type, args: tuple[Any, ...], kwargs: di
         if not args and not kwargs:
             break
     return named
+
+
+def processing_class_of(given: Mapping[str, Any]) -> Any:
+    """Return the `processing_class` among a trainer's arguments, or the model's own, as TRL takes it where none is given.
+
+    None where that cannot be loaded: TRL says why.
+    """
+    if given.get("processing_class") is not None:
+        return given["processing_class"]
+    model, args = given.get("model"), given.get("args")
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    of_name = (getattr(args, "model_init_kwargs", None) or {}) if isinstance(model, str) else {}
+    options = {"revision": of_name.get("revision"), "trust_remote_code": getattr(args, "trust_remote_code", False)}
+    with contextlib.suppress(Exception):
+        return AutoProcessor.from_pretrained(name, **options) if name else None
 
 
 def loss_of_labeled_positions() -> contextlib.AbstractContextManager[None]:

@@ -29,10 +29,10 @@ class Written:
     messages: list[Message]
 
 
-def check_chat_template(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_chat_template(template: str, tokenizer: PreTrainedTokenizerBase, where: str = "data") -> None:
     """Raise a UserError where "chat" is asked of a tokenizer that has no chat template."""
     if template == CHAT and not tokenizer.chat_template:
-        raise UserError("data.template: 'chat' needs a model with a chat template, this one has none; use alpaca")
+        raise UserError(f"{where}.template: 'chat' needs a model with a chat template, this one has none; use alpaca")
 
 
 def write_conversation(

@@ -179,7 +179,7 @@ def read_examples(
         UserError: as `load_documents`, a missing field, an offset that leaves no row, or a model without the chat template
             that is asked for.
     """
-    check_chat_template(data.template, tokenizer)
+    check_chat_template(data.template, tokenizer, where)
     last = None if data.limit is None else data.offset + data.limit
     documents = load_documents(data.path, subset=data.subset, split=data.split, where=where, keep_bad=True, limit=last)
     numbers = [*documents.numbers, *(row.row for row in documents.bad)]
