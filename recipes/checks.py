@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import json
 import logging
@@ -40,6 +41,7 @@ from lora_null.start import InitOptions, LayerReport, check_made_for
 from lora_null.store import find_initialization, read_report, read_scalings
 from lora_null.trainer.collated_rows import check_labels
 from lora_null.trainer.methods import METHODS, check_engine
+from lora_null.trainer.optimizers import named_optimizer
 from lora_null.trainer.preflight import raise_or_warn
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line
@@ -62,6 +64,13 @@ def check_packages(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
     if recipe.eval.backend == "vllm" and recipe.model.quantization is None:  # else `check_methods` refuses it
         check_vllm(recipe.eval.vllm.tensor_parallel if recipe.eval.vllm else 1)
     check_bitsandbytes(recipe.model)
+    optim = copy.copy(training)
+    if optim.optim_target_modules:
+        optim.optim_target_modules = "all-linear"  # of the stand-in; the trainer looks for the names
+    try:
+        named_optimizer(optim, torch.nn.Sequential(torch.nn.Linear(1, 1)))
+    except UserError as mistake:
+        raise UserError(f"training.{mistake}") from None
     if attention(recipe.model) == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:
             raise UserError("model.attn_implementation: flash-attn is not installed; pip install flash-attn")

@@ -1,16 +1,18 @@
 """Weight decay on a residual base pulls to the start; an oracle of AdamW in numpy tells by how much."""
 
+import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers.trainer_optimizer
 from peft import LoraConfig, get_peft_model
 from test_null_basis import adamw
 from test_trainer import make
 from tiny import tiny_model
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from lora_null import LoraNullConfig, UserError
 from lora_null.layer import adapted_layers, factors_of, residual_of
@@ -174,26 +176,26 @@ def test_an_average_of_weights_leaves_the_basis(tmp_path):
         trainer_of("nb", tmp_path, optim="schedule_free_adamw", weight_decay=0.0)
 
 
-def layerwise(model):
-    """Put an optimizer on each parameter, as transformers does for `galore_adamw_layerwise`, by torch's AdamW."""
-    each = {p: torch.optim.AdamW([p], lr=1e-2) for p in model.parameters() if p.requires_grad}
+@pytest.fixture
+def galore(monkeypatch):
+    """AdamW in the place of the optimizers of the package galore_torch."""
 
-    def step(parameter):
-        each[parameter].step()
-        each[parameter].zero_grad()
+    class GaLoreAdamW(torch.optim.AdamW):
+        def __init__(self, groups, lr, weight_decay=0.0):
+            super().__init__(groups, lr=lr, weight_decay=weight_decay)
 
-    for parameter in each:
-        parameter.register_post_accumulate_grad_hook(step)
-    return LayerWiseDummyOptimizer, {"optimizer_dict": each, "lr": 1e-2}
+    names = ("GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreAdafactor")
+    monkeypatch.setitem(sys.modules, "galore_torch", SimpleNamespace(**dict.fromkeys(names, GaLoreAdamW)))
+    monkeypatch.setattr(transformers.trainer_optimizer, "is_galore_torch_available", lambda: True)
 
 
 @pytest.mark.parametrize("kind", ["v1", "nb", "v2"])
-def test_layerwise_optimizers_are_made_once_and_keep_the_basis(kind, tmp_path):
+def test_layerwise_optimizers_are_made_once_and_keep_the_basis(kind, galore, tmp_path):
     options = dict(optim="galore_adamw_layerwise", optim_target_modules=["q_proj"], save_strategy="no")
-    trainer, made = make(tmp_path, KINDS[kind], weight_decay=0.0, **options), []
-    trainer.get_optimizer_cls_and_kwargs = lambda args, model: made.append(1) or layerwise(model)
+    trainer = make(tmp_path, KINDS[kind], weight_decay=0.0, **options)
     trainer.train()
-    assert len(made) == 1 and trainer.something_moved
+    hooks = [p._post_accumulate_grad_hooks for p in trainer.model.parameters() if p.requires_grad]
+    assert {len(of_one) for of_one in hooks} == {1} and trainer.something_moved
     for layer in adapted_layers(trainer.model).values():
         for basis in getattr(layer, "bases", {}).values():
             A, N = factors_of(layer)[0].detach(), basis.vectors.float()
@@ -205,12 +207,13 @@ def test_layerwise_optimizers_are_made_once_and_keep_the_basis(kind, tmp_path):
     [
         (dict(optimizer_class=(torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.3})), "0.3 of AdamW and 0.0 of"),
         (dict(optim="sgd", optim_args="weight_decay=0.3"), "0.3 of SGD and 0.0 of"),
-        (dict(optim="galore_adamw_layerwise", optim_target_modules=["q_proj"], weight_decay=0.3), "0.0 of galore_adamw_layerwise and 0.3 of"),
+        (dict(optim="galore_adamw_layerwise", optim_target_modules=["q_proj"], weight_decay=0.3), "0.0 of GaLoreAdamW and 0.3 of"),
         (dict(optimizer_class=(torch.optim.AdamW, {"params": []}), weight_decay=0.3), "0.01 of AdamW and 0.3 of"),
         (dict(optimizer_class=(lambda model, **_: None, {"weight_decay": 0.1}), weight_decay=0.3), "0.1 of <lambda> and 0.3 of"),
+        (dict(optimizer_class=(partial(dict), {"weight_decay": 0.1}), weight_decay=0.3), ".* and 0.3 of"),
     ],
 )  # fmt: skip
-def test_a_decay_that_would_not_be_read_is_refused_before_the_initialization(options, line, tmp_path):
+def test_a_decay_that_would_not_be_read_is_refused_before_the_initialization(options, line, galore, tmp_path):
     trainer = make(tmp_path, KINDS["v2"], save_strategy="no", **options)
     with pytest.raises(UserError, match=f"^weight_decay: {line}"):
         trainer.train()

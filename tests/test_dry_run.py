@@ -120,7 +120,7 @@ MISTAKES = [
     (["training.report_to=trackiooo"], "training.report_to: trackiooo is not supported"),
     (["training.report_to=swanlab"], "training.report_to: swanlab is not installed; pip install swanlab"),
     (["training.push_to_hub=true"], "training.push_to_hub has only checkpoints to upload"),
-    (["training.optim=lomo"], "training: one step on a stand-in for the model fails: "),
+    (["training.optim=lomo"], "training.optim: You need to install `lomo_optim`"),
     (["training.lr_scheduler_type=cosine_with_min_lr"], "fails: One of min_lr or min_lr_rate should be set"),
     (["training.loss_type=nnl"], "training: one step on a stand-in for the model fails: Invalid `loss_type`"),
     (["training.packing=true", "training.max_length="], "When packing is enabled, `max_length` can't be `None`"),

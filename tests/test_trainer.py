@@ -305,19 +305,22 @@ def test_what_trains_in_the_low_precision_of_the_base_is_told(tmp_path, whole, c
 
 
 @pytest.mark.parametrize(
-    ("wrong", "error"),
+    ("wrong", "line"),
     [
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, ValueError),
-        ({"optim": "galore_adamw"}, Exception),
-        ({"optim": "galore_adamw_layerwise", "gradient_accumulation_steps": 2}, UserError),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type: One of min_lr"),
+        ({"optim": "galore_adamw"}, "optim: You need to install `galore_torch`"),
+        ({"optim": "galore_adamw_layerwise"}, "optim: You need to install `galore_torch`"),
+        (
+            {"optim": "galore_adamw_layerwise", "gradient_accumulation_steps": 2},
+            "optim: galore_adamw_layerwise steps in",
+        ),
+        ({"optim": "grokadamw"}, "optim: Please install grokadamw"),
     ],
 )
-def test_a_schedule_or_optimizer_that_cannot_be_is_found_before_the_initialization(
-    tmp_path, monkeypatch, wrong, error
-):
+def test_a_schedule_or_optimizer_that_cannot_be_is_found_before_the_initialization(tmp_path, monkeypatch, wrong, line):
     trainer = make(tmp_path, LoraNullConfig(r=4), **wrong)
     monkeypatch.setattr(trainer, "_prepare", lambda **_: pytest.fail("the initialization began"))
-    with pytest.raises(error):
+    with pytest.raises(UserError, match=f"^{line}"):
         trainer.train()
 
 

@@ -70,7 +70,8 @@ def _started_without_residual(model: nn.Module) -> bool:
 def optimizer_name(args: Any, optimizer: Any, kind: type | None) -> str:
     """Return the name of the optimizer that was given, of the class that was, or of `args`."""
     kind = type(optimizer) if optimizer is not None else kind
-    return kind.__name__ if kind is not None else str(getattr(args.optim, "value", args.optim))
+    named = str(getattr(args.optim, "value", args.optim))
+    return named if kind is None else getattr(kind, "__name__", repr(kind))
 
 
 def averages(name: str) -> bool:
@@ -120,25 +121,21 @@ def check_decay_is_read(args: Any, kind: Any, options: Mapping[str, Any]) -> Non
 
     Args:
         args: the training arguments.
-        kind: the optimizer's class, or a function that makes it; None for a layerwise one of `args.optim`.
+        kind: the optimizer's class, or a function that makes it.
         options: what it is made with.
     """
     is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
     params = options.get("params")
     params = params if isinstance(params, list | tuple) else []  # a generator can be read only once
     groups = [group for group in params if isinstance(group, dict)] or [{}]
-    default = 0.0
-    if is_class:
-        parameter = inspect.signature(kind).parameters.get("weight_decay")
-        default = parameter.default if parameter and OWN_GROUPS & options.keys() else args.weight_decay
-    elif kind is not None:
-        default = args.weight_decay  # what a function of the user's takes is not known
+    default = args.weight_decay  # what a function of the user's takes is not known
+    if is_class and OWN_GROUPS & options.keys() and (own := inspect.signature(kind).parameters.get("weight_decay")):
+        default = own.default
     found = [group.get("weight_decay", options.get("weight_decay", default)) for group in groups]
     if args.weight_decay not in found:
-        name = getattr(kind, "__name__", None) or optimizer_name(args, None, None)
         raise UserError(
-            f"weight_decay: {found[0]} of {name} and {args.weight_decay} of the training arguments differ; set the latter "
-            f"to {found[0]}"
+            f"weight_decay: {found[0]} of {optimizer_name(args, None, kind)} and {args.weight_decay} of the training "
+            f"arguments differ; set the latter to {found[0]}"
         )
 
 

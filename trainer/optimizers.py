@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import get_scheduler
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from lora_null.trainer.checkpoints import SavingMixin
@@ -17,6 +21,24 @@ from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line
 
 logger = get_logger(__name__)
+
+
+def named_optimizer(
+    args: TrainingArguments, model: nn.Module, make: Callable[..., Any] = Trainer.get_optimizer_cls_and_kwargs
+) -> tuple[Any, dict[str, Any]]:
+    """Return the class and options of the optimizer that `args.optim` names, for a layerwise one those of its plain kind.
+
+    To make a layerwise one puts hooks on the model, by which it steps in each backward pass.
+
+    Raises:
+        UserError: Transformers cannot make it here, as where its package is missing.
+    """
+    plain = copy.copy(args)
+    try:
+        plain.optim = OptimizerNames(optimizer_name(args, None, None).removesuffix("_layerwise"))
+        return make(plain, model)
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f"optim: {first_line(error)}") from error
 
 
 class OptimizerMixin(SavingMixin):
@@ -67,21 +89,23 @@ class OptimizerMixin(SavingMixin):
             raise UserError("use_liger_kernel: needs the package liger-kernel; pip install liger-kernel")
         if self.optimizer is not None and self.optimizer is not self._given_optimizer:  # made or set since
             self._check_own_optimizer(self.optimizer)
-        if self.optimizer is not None or self.is_deepspeed_enabled:
+        if self.optimizer is not None:
             return
-        made, name = self.optimizer_cls_and_kwargs, optimizer_name(args, None, None)
-        if made is None and "layerwise" in name:  # making it puts hooks on the model
-            made = (None, {})
-            if args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1:
+        kind, options = self.optimizer_cls_and_kwargs or (None, {})
+        name = optimizer_name(args, None, kind)
+        if kind is None:
+            if "layerwise" in name and (args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1):
                 raise UserError(
                     f"optim: {name} steps in each backward pass, so it takes one process and gradient_accumulation_steps=1"
                 )
-        kind, options = made or self.get_optimizer_cls_and_kwargs(args, self.model)
+            kind, options = named_optimizer(args, self.model, self.get_optimizer_cls_and_kwargs)
+        if self.is_deepspeed_enabled:  # whose own configuration may decide
+            return
         check_decay_is_read(args, kind, options)
-        if kind is not None and "lr" not in options:
+        if "lr" not in options:
             logger.warning(
-                f"learning_rate: {args.learning_rate} is not read by {optimizer_name(args, None, kind)}, which takes its own; "
-                "give lr among the options of optimizer_cls_and_kwargs"
+                f"learning_rate: {args.learning_rate} is not read by {name}, which takes its own; give lr among the "
+                "options of optimizer_cls_and_kwargs"
             )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
