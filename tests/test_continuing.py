@@ -88,14 +88,6 @@ class TestGoingOn:
         second.model.set_adapter("ref")  # TRL's reference is the policy that it began with, not the original model
         assert (logits(second.model) - one).abs().max() < 1e-5
 
-    def test_initialized_by_hand_then_trained(self, tmp_path):
-        model = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant="v1"))
-        initialize_lora_null_weights(model, BATCHES, min_tokens=1, progress=False)
-        start = {name: residual_of(layer).A for name, layer in adapted_layers(model).items()}
-        trainer = second_stage(model, tmp_path, learning_rate=1e-2)
-        trainer.train()
-        assert all(torch.equal(residual_of(x).A, start[n]) for n, x in adapted_layers(trainer.model).items())
-
     @pytest.mark.parametrize("given", ["fresh", "v2 from disk", "v1 from disk"])
     def test_an_adapter_from_disk(self, given, tmp_path):
         if given == "fresh":
@@ -480,6 +472,29 @@ class TestTheStartIsTheCheckpointsOwn:
         resumed = make(tmp_path / "1", CONFIGS["v1"](), max_steps=8)
         with pytest.raises(UserError, match="does not hold what it started from"):
             resumed.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-6"))
+
+    def test_one_initialized_by_hand_resumes_with_one_initialized_so_again(self, tmp_path):
+        models = [get_peft_model(tiny_model(), CONFIGS["v1"]()) for _ in range(2)]
+        for model in models:
+            initialize_lora_null_weights(model, BATCHES, min_tokens=1, progress=False)
+        start = {name: residual_of(layer).A for name, layer in adapted_layers(models[0]).items()}
+        options = dict(max_steps=2, save_strategy="steps", save_steps=1, calibration=None)
+        first = make(tmp_path, "none", model=models[0], **options)
+        first.train()
+        assert all(torch.equal(residual_of(x).A, start[n]) for n, x in adapted_layers(first.model).items())
+        checkpoint = tmp_path / "checkpoint-1"
+        resumed = make(tmp_path / "2", "none", model=models[1], **options)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert far(resumed.model, first.model) == 0
+        for config, line in (
+            (CONFIGS["v1"](), "a started v1 adapter, this run with no .* with its v1 adapter, started as"),
+            (LoraConfig(r=8, target_modules="all-linear"), r"moments of shape \(4, \d+\) for a weight of shape \(8"),
+        ):
+            fresh = make(tmp_path / "3", config, **options | ({"calibration": TEXTS} if config.r == 4 else {}))
+            with pytest.raises(UserError, match=line):
+                fresh.train(resume_from_checkpoint=str(checkpoint))
+            (checkpoint / "method.json").unlink(missing_ok=True)  # then a LoRA of rank 2r but for its moments
+            mark_complete(checkpoint)
 
     @pytest.mark.parametrize("name", ["kl-anchor", "clora", "oplora", "roselora", "lora-fa", "lora-null-v2"])
     def test_so_is_one_of_another_method(self, name, tmp_path):

@@ -106,8 +106,9 @@ def check_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
 
     Args:
         checkpoint: what it does not say, such as one of another trainer, is not compared.
-        settings: by name, as `as_json` gives it: the method, its options, the adapter's config, "modules": what it adapts.
-            A checkpoint has them in `method.json`.
+        settings: by name, as `as_json` gives it: "started": the variant of a LoRA-Null adapter that was started before its
+            trainer got it; the method, its options, the adapter's config, "modules": what it adapts. A checkpoint has them
+            in `method.json`.
 
     Raises:
         UserError: naming the first difference.
@@ -115,6 +116,12 @@ def check_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
     saved = read_json(checkpoint / METHOD_FILE) if (checkpoint / METHOD_FILE).is_file() else {}
     for key in (key for key in settings if key in saved and (saved[key] or None) != (settings[key] or None)):
         before, now = saved[key], settings[key]
+        if key == "started":
+            one, other = (f"a started {x} adapter" if x else "no started LoRA-Null adapter" for x in (before, now))
+            same = f"its {before} adapter, started as it was then, without peft_config" if before else "no adapter"
+            raise UserError(
+                f"resume: {checkpoint} began with {one}, this run with {other}; give the model with {same}"
+            )
         if key == "method":
             raise UserError(
                 f"resume: {checkpoint} was trained by {before}, this run trains by {now}; give method {before}"
@@ -361,6 +368,7 @@ class SavingMixin(Base):
         groups = getattr(self.optimizer, "param_groups", ())
         asked = [_kept_settings(group) for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)
+        _check_moments(self.optimizer, checkpoint)
         told = set()
         for group, wanted in zip(getattr(self.optimizer, "param_groups", ()), asked):
             kept = _kept_settings(group)
@@ -449,6 +457,17 @@ def _kept_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint decides of an optimizer's group; betas as a tuple, which FSDP2's checkpoints hold as a list."""
     found = {key: group.get(key) for key in KEPT_BY_OPTIMIZER}
     return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+
+
+def _check_moments(optimizer: Any, checkpoint: str | None) -> None:
+    """Refuse moments of other shapes than the weights, past whose ends a fused Adam would read and write (UserError)."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+    for parameter, held in optimizer.state.items() if isinstance(optimizer, torch.optim.Adam) else ():
+        if "exp_avg" in held and held["exp_avg"].shape != parameter.shape:
+            raise UserError(
+                f"resume: the optimizer in {checkpoint} has moments of shape {tuple(held['exp_avg'].shape)} for a weight of "
+                f"shape {tuple(parameter.shape)}; give its adapter or model to a new trainer"
+            )
 
 
 def _adapter_folder(folder: Path, adapter_name: str) -> Path:

@@ -385,11 +385,12 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
 
     def _settings(self, decays_to_start: bool) -> dict[str, Any]:
         """Return what decides the start and what trains, by the names of `check_settings`, as a checkpoint keeps it."""
-        name, found = self.method.name, {"method": self.method.name}
+        name = self.method.name
+        config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
+        found = {"started": self._already_trained and getattr(config, "variant", None), "method": name}
         found |= {f"method.options.{name}.{x.name}": getattr(self.method, x.name) for x in fields(self.method)}
-        if isinstance(self.model, PeftModel):
-            config = self.model.peft_config[self.adapter_name].to_dict()
-            found |= {key: value for key, value in config.items() if key not in DECIDES_NOTHING}
+        if config is not None:
+            found |= {key: value for key, value in config.to_dict().items() if key not in DECIDES_NOTHING}
         found["modules"] = sorted(self.method.layers(self.model))
         if self.method.terms or self.method.needs_texts:  # what it adds, or in which order, is drawn with the seed
             found["seed"] = self.args.seed
