@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,7 +38,7 @@ from lora_null.recipes.data.conversations import prompt_text
 from lora_null.recipes.data.examples import Example, Tokenized, leave_out, read_examples, tokenize
 from lora_null.recipes.data.formats import askable, detect_format, question_and_answer
 from lora_null.recipes.data.rows import RowText, load_documents
-from lora_null.recipes.data.templates import CHAT
+from lora_null.recipes.data.templates import CHAT, trimmed_prompt
 from lora_null.trainer.calibration_data import kept_part
 from lora_null.utils.errors import UserError
 
@@ -199,8 +200,9 @@ def _mt_bench(entry: MTBenchEntry, role: Role, context: EvalContext) -> MTBenchT
     template, judge = recipe.data.template, recipe.eval.judge
 
     def ask_next(before: Sequence[tuple[str, str]], question: str) -> str:
-        messages = [{"role": r, "content": t.strip()} for turn in before for r, t in zip(("user", "assistant"), turn)]
-        return prompt_text(template, [*messages, {"role": "user", "content": question.strip()}], context.tokenizer)
+        said = [trimmed_prompt(template, text) for text in (*chain.from_iterable(before), question)]
+        messages = [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), said)]
+        return prompt_text(template, messages, context.tokenizer)
 
     return MTBenchTask(
         name=entry.mt_bench,

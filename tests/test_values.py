@@ -20,9 +20,9 @@ from lora_null.eval_harness.documents import FILE_KINDS, BadRow, read_documents,
 from lora_null.eval_harness.lm_eval.task import LmEvalTask
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
-from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, DataSection
+from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, DataSection, MTBenchEntry
 from lora_null.recipes.data.calibration import calibration_sources
-from lora_null.recipes.data.examples import training_data
+from lora_null.recipes.data.examples import read_examples, training_data
 from lora_null.recipes.data.rows import field_text, load_documents
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
 from lora_null.utils.errors import UserError
@@ -530,6 +530,18 @@ class TestEvaluationDocuments:
         row = {"question_id": 1, "category": "math", "turns": ["one", turn]}
         with pytest.raises(UserError, match=f"MT-Bench: row 1 cannot be used: {reason}"):
             tasks(tmp_path, [row], mt_bench="m")
+
+    def test_mt_bench_is_asked_as_rows_are_written(self, tmp_path):
+        rows = [{"question_id": 1, "category": "math", "turns": ["one", "two"]}]
+        recipe = load_recipe(str(make_world(tmp_path)), ["data.template=plain"])
+        recipe.eval.task = [MTBenchEntry(mt_bench="m", path=str(write_rows(tmp_path / "docs.jsonl", rows)))]
+        (task,) = (task for task in eval_tasks(EvalContext(recipe, tiny_tokenizer())) if task.name == "m")
+        talk = [{"messages": [user(" one\n"), assistant("yes"), user("two\n"), assistant("no")]}]
+        data = DataSection(path=str(write_rows(tmp_path / "talk.jsonl", talk)), messages="messages", template="plain")
+        (example,), _ = read_examples(data, tiny_tokenizer(), preferences=False)
+        assert (
+            task.ask([(" one\n", "yes")], "two\n") + "no</s>" == example.written.text == "one\nyes</s>\n\ntwo\nno</s>"
+        )
 
     def test_documents_of_lm_eval_with_mixed_columns(self, tmp_path):
         rows = [{"question": 1, "answer": ["a"]}, {"question": "two", "answer": ["b", 2], "more": {"x": 1}}]
