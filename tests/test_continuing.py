@@ -11,7 +11,7 @@ from test_trainer import losses, make
 from tiny import logits, random_batches, tiny_model, tiny_tokenizer
 from trainers import CUT, ROWS, TEXTS, quick
 from transformers import LlamaForSequenceClassification
-from trl import DPOConfig, RewardConfig, RewardTrainer
+from trl import DPOConfig, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.layer import adapted_layers, residual_of
@@ -472,6 +472,13 @@ class TestTheStartIsTheCheckpointsOwn:
         resumed = make(tmp_path / "1", CONFIGS["v1"](), max_steps=8)
         with pytest.raises(UserError, match="does not hold what it started from"):
             resumed.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-6"))
+
+    def test_another_trainer_refuses_moments_of_rank_r_beside_factors_of_2r(self, tmp_path):
+        make(tmp_path, CONFIGS["v1"](), max_steps=1, save_strategy="steps", save_steps=1).train()
+        plain = SFTTrainer(tiny_model(), SFTConfig(**quick(tmp_path)), train_dataset=ROWS, processing_class=tiny_tokenizer(),
+                           peft_config=LoraConfig(r=8, target_modules="all-linear"))  # fmt: skip
+        with pytest.raises(ValueError, match="a different number of parameter groups"):  # its fused Adam would crash
+            plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
     def test_one_initialized_by_hand_resumes_with_one_initialized_so_again(self, tmp_path):
         models = [get_peft_model(tiny_model(), CONFIGS["v1"]()) for _ in range(2)]

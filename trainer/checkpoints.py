@@ -23,7 +23,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, speed_metrics
 
 from lora_null.adapters.plain import CONFIG_FILE, check_saved_adapter, copy_into
-from lora_null.layer import active_adapter, adapted_layers
+from lora_null.layer import active_adapter, adapted_layers, residual_of
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import flush, read_json, write_json
@@ -38,6 +38,8 @@ BEGUN_FILE = "begun.json"  # in a checkpoint of ours that is being written
 JIT_FILE = "checkpoint-is-incomplete.txt"  # of transformers' enable_jit_checkpoint, which removes it after the save
 # Of an output folder: large; the base's predictions on held-out rows; a pickle, with any token in it.
 NOT_PUSHED = ("init/*", "probe/*", TRAINING_ARGS_NAME)
+# A group of an optimizer's state that stands for no parameter.
+OF_RANK_R = {"params": [], "moments": "of factors of rank r, saved as rank 2r"}
 # Entry of an optimizer's param group → the training argument that a checkpoint's value overrides on resuming.
 KEPT_BY_OPTIMIZER = {
     "initial_lr": "learning_rate",
@@ -363,12 +365,28 @@ class SavingMixin(Base):
         if dist.is_initialized():
             dist.barrier()
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the parent trainer, with a group more beside factors that are saved as rank 2r.
+
+        Their moments have rank r, past whose ends another trainer's fused Adam would read and write; so it refuses them.
+        """
+        adapted = adapted_layers(self.model, self.adapter_name) if isinstance(self.model, PeftModel) else {}
+        residual = any(residual_of(layer, self.adapter_name) for layer in adapted.values())
+        with contextlib.ExitStack() as stack:
+            if residual and not self.is_fsdp_enabled and isinstance(adam := bare(self.optimizer), torch.optim.Adam):
+                hook = adam.register_state_dict_post_hook(lambda _, state: state["param_groups"].append(OF_RANK_R))
+                stack.callback(hook.remove)
+            super()._save_optimizer_and_scheduler(output_dir)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the parent trainer; a rate or decay of the checkpoint's that is not what is asked for now is told in a line."""
         groups = getattr(self.optimizer, "param_groups", ())
         asked = [_kept_settings(group) for group in groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        _check_moments(self.optimizer, checkpoint)
+        with contextlib.ExitStack() as stack:
+            if isinstance(adam := bare(self.optimizer), torch.optim.Adam):
+                stack.callback(adam.register_load_state_dict_pre_hook(_without_mark).remove)
+            super()._load_optimizer_and_scheduler(checkpoint)
+        _check_moments(adam, checkpoint)
         told = set()
         for group, wanted in zip(getattr(self.optimizer, "param_groups", ()), asked):
             kept = _kept_settings(group)
@@ -459,9 +477,17 @@ def _kept_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
 
 
+def bare(optimizer: Any) -> Any:
+    """Return an optimizer without accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _without_mark(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    return state | {"param_groups": [group for group in state["param_groups"] if group != OF_RANK_R]}
+
+
 def _check_moments(optimizer: Any, checkpoint: str | None) -> None:
-    """Refuse moments of other shapes than the weights, past whose ends a fused Adam would read and write (UserError)."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+    """Refuse moments of other shapes than the weights', past whose ends a fused Adam would read and write (UserError)."""
     for parameter, held in optimizer.state.items() if isinstance(optimizer, torch.optim.Adam) else ():
         if "exp_avg" in held and held["exp_avg"].shape != parameter.shape:
             raise UserError(

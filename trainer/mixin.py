@@ -42,6 +42,7 @@ from lora_null.trainer.checkpoints import (
     METHOD_FILE,
     SavingMixin,
     as_json,
+    bare,
     check_processes,
     check_settings,
     check_whole_checkpoint,
@@ -126,7 +127,7 @@ class _Begin(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         self.first_step = state.global_step
-        self.trainer.check_stepped_by(getattr(optimizer, "optimizer", optimizer))  # without accelerate's wrapper
+        self.trainer.check_stepped_by(bare(optimizer))
         self.trainer.forget_terms()
         self.trainer.find_best()
         self.trainer.read_shards()
