@@ -23,7 +23,7 @@ from lora_null.recipes.environment import free_memory
 from lora_null.recipes.results import Row, load_log
 from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import SIGTERM_STATUS
-from lora_null.utils.files import write_text
+from lora_null.utils.files import check_held, write_text
 from lora_null.utils.sharding import whole_parameters
 
 LOGGED = {name: name for name in ("step", "loss", "learning_rate", "drift_mean", "drift_max")}  # Trainer's name → ours
@@ -128,6 +128,7 @@ class WriteLog(TrainerCallback):
             line["tokens"] += self.tokens_before
         line["seconds"] = round(self._until_now(), 3)
         self.probing += line.get(SECONDS, 0.0)
+        check_held(self.path)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         self.saving = time.perf_counter()  # a save is logged right before

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from pydantic import RootModel
 
 from lora_null.recipes.config.load import dump, paths_here, whole_paths
@@ -30,11 +29,20 @@ from lora_null.recipes.results import EVAL_FILE, RESULTS_FILE, ROW_FILE, load_re
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.utils.distributed import all_gather, on_first_process
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import PART, beside, cache_root, read_json, remove_parts, write_json, write_text
+from lora_null.utils.files import (
+    LOCK_FILE,
+    PART,
+    beside,
+    cache_root,
+    locked,
+    read_json,
+    remove_parts,
+    write_json,
+    write_text,
+)
 
 PAGE_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
 INPUTS_FILE = "inputs.json"  # hashes of what the recipe's paths hold
-LOCK_FILE = ".lock"
 SHARED_SECONDS = 10.0
 MAX_LISTED = 3
 OWN_FILES = ("base", CELLS_FOLDER, TASKS_FOLDER, "report.md", PAGE_FILE, "forgetting.png", "magnitude.png", "card.png")
@@ -63,8 +71,8 @@ def hold_output_folder(
         resume, overwrite: what may become of an earlier run in the folder.
 
     Raises:
-        UserError: as `claim`; another run is writing there; a resumed run's inputs have changed; there is less space; the
-            processes do not share the folder.
+        UserError: as `claim` and `locked`; another run is writing there; a resumed run's inputs have changed; there is less
+            space; the processes do not share the folder.
     """
     folder = Path(recipe.output_dir)
     with contextlib.ExitStack() as stack:
@@ -134,24 +142,6 @@ def _check_shared(folder: Path, mark: Path) -> None:
         raise UserError(
             f"output_dir: {folder} is not one folder for all processes; choose one that all machines share"
         )
-
-
-@contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder's lock, which the system releases when a process is killed; yield whether it is held.
-
-    Args:
-        folder: is there already.
-        wait: for whoever holds it, instead of yielding False.
-    """
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        held = lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        yield False
-        return
-    with held:
-        yield True
 
 
 def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

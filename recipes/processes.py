@@ -26,9 +26,8 @@ from torch.distributed import DistNetworkError
 from tqdm import tqdm
 
 from lora_null.recipes.environment import choose_device
-from lora_null.recipes.output import locked
 from lora_null.utils.errors import WORKER, WORKERS, UserError
-from lora_null.utils.files import PART, write_text
+from lora_null.utils.files import PART, locked, write_text
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 JOINED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # without which processes cannot meet

@@ -18,9 +18,11 @@ from world import make_world
 
 from lora_null.recipes import run as recipes_run
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.callbacks import SaveOnSignal
+from lora_null.recipes.callbacks import SaveOnSignal, WriteLog
+from lora_null.recipes.results import Row, write_row
 from lora_null.trainer.checkpoints import BEGUN_FILE, is_whole, last_checkpoint, mark_complete, remove_old
-from lora_null.utils.errors import exit_status
+from lora_null.utils.errors import UserError, exit_status
+from lora_null.utils.files import LOCK_FILE, locked, replacing_folder
 
 
 def test_killed_runs_end_as_an_unbroken_one(tmp_path):
@@ -220,6 +222,38 @@ def test_two_runs_never_write_one_folder(tmp_path, capsys):
         assert main([str(recipe)]) == 2
     assert "another run is writing to" in capsys.readouterr().err
     assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_folder_was_removed_ends_and_leaves_the_next_one_alone(tmp_path, replaced):
+    """The lock goes with the folder, so that another run may have begun in a new one of its name."""
+    folder = tmp_path / "run"
+
+    def log():
+        WriteLog(folder / "lora" / "train_log.jsonl", ()).on_log(None, state, None, logs={"loss": 1.0})
+
+    def row():
+        write_row(folder / "lora", Row(method="lora"))
+
+    def adapter():
+        with replacing_folder(folder / "lora" / "adapter"):
+            pass
+
+    def read():
+        (folder / "recipe.yaml").read_text()
+
+    state = SimpleNamespace(global_step=1, is_world_process_zero=True)
+    for write in (log, row, adapter, *([] if replaced else [read])):
+        (folder / "lora").mkdir(parents=True)
+        with pytest.raises(UserError, match="was removed or replaced"), locked(folder):
+            row()
+            shutil.rmtree(folder)
+            if replaced:
+                (folder / "lora").mkdir(parents=True)
+                FileLock(folder / LOCK_FILE).acquire().lock.release()
+            write()
+        assert not replaced or not list((folder / "lora").iterdir())
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def on_a_full_disk(words):

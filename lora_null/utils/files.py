@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lora_null.utils.errors import UserError
 
-PART = ".part"
+PART, LOCK_FILE = ".part", ".lock"
+_held: dict[Path, tuple[int, int] | None] = {}  # folder locked by this process → device and inode of its lock
 
 
 def cache_root() -> Path:
@@ -30,7 +32,12 @@ def cache_root() -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; on success it takes the place of `path`, on failure nothing changes."""
+    """Yield a temporary path to write to; on success it takes the place of `path`, on failure nothing changes.
+
+    Raises:
+        UserError: as `check_held`.
+    """
+    check_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
     try:
@@ -55,8 +62,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; on success it becomes `path`, on failure nothing is left.
 
     Raises:
-        UserError: `path` is there already and not an empty folder.
+        UserError: `path` is there already and not an empty folder; as `check_held`.
     """
+    check_held(path)
     check_free(path)
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +79,52 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a folder's lock, which the system releases when a process is killed; yield whether it is held.
+
+    Args:
+        folder: is there already.
+        wait: for whoever holds it, instead of yielding False.
+
+    Raises:
+        UserError: as `check_held`, in place of whatever failed because of it.
+    """
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        held = lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    with held:
+        _held[folder.absolute()] = _file_of_lock(folder)
+        try:
+            yield True
+        except Exception:
+            check_held(folder)
+            raise
+        finally:
+            del _held[folder.absolute()]
+
+
+def check_held(path: Path) -> None:
+    """Raise a UserError for a path in a folder that was locked here, and that somebody has removed since then.
+
+    The lock goes with the folder: in a new one of its name, another process may hold another lock and write.
+    """
+    for folder, lock in list(_held.items()):
+        if path.absolute().is_relative_to(folder) and _file_of_lock(folder) != lock:
+            raise UserError(f"{folder} was removed or replaced while this command was writing to it")
+
+
+def _file_of_lock(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(folder / LOCK_FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def beside(path: Path) -> Path:
