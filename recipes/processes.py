@@ -106,7 +106,7 @@ def work_alone() -> None:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     if not is_first_worker():
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
 
 
 def workers() -> int:

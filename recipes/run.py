@@ -173,9 +173,9 @@ def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
     row = _save_and_evaluate(job, plan, trainer, probe, seconds)
     trackers.finish(base, row)
     if is_first_process():
+        write_row(folder, row)
         if row.budget is not None:
             print(f"{plan.name}: {row.budget.sentence()}")
-        write_row(folder, row)
         for checkpoint in [] if job.keep_weights else folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
             shutil.rmtree(checkpoint)
     PartialState().wait_for_everyone()

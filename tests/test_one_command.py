@@ -1,6 +1,7 @@
 """The one command: what it does not wait for, a typo's one line, the same command by every name, completion."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import trl
 import yaml
 from key_reference import README, describe_keys
@@ -83,6 +85,15 @@ TYPOS = [
     (["check", "a", "b"], "cannot use 'b'"),
     (["judge", "a", "--question", "b", "--modl", "c"], "no option '--modl' (did you mean '--model'?)"),
 ]
+
+
+@pytest.mark.parametrize("call", [main, recipes_main.main])
+def test_an_output_that_cannot_encode_a_sign_has_another_one_there(call, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit) as ended:
+        call([*(["train"] if call is main else []), "--help"])
+    sys.stdout.seek(0)
+    assert ended.value.code == 0 and "llama-3.1-8b, ?" in sys.stdout.read()
 
 
 def test_a_typo_is_one_line_and_imports_nothing_slow():

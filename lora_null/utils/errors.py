@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import os
 import signal
 import sys
@@ -62,8 +63,11 @@ def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command; return its status: 2 for a user's mistake, 1 for a full disk, each told in one line on stderr; 130
     for Ctrl-C.
 
-    Of many processes it is told once per machine. Any other exception is a fault of ours and keeps its traceback.
+    Of many processes it is told once per machine. Any other exception is a fault of ours and keeps its traceback. What the
+    encoding of stdout lacks is printed as "?".
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         return command() or 0
     except UserError as error:
