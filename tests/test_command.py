@@ -1,12 +1,13 @@
 """`lora-null init`, through the real command: whole or from files, continued, and continued by others."""
 
+import errno
 import json
 from contextlib import contextmanager
 
 import engine_worlds
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import load_initialization, logits, save_tiny
 from world import base, write_rows
@@ -150,6 +151,17 @@ def test_an_existing_adapter_is_not_overwritten(world, tmp_path, capsys):
     (tmp_path / "out" / "adapter").mkdir(parents=True)
     assert init(world, tmp_path / "out") == 2
     assert "holds an adapter already" in capsys.readouterr().err
+
+
+def test_an_init_that_a_full_disk_ended_is_given_again(world, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LoraConfig, "save_pretrained", full)
+        assert init(world, tmp_path / "out") == 1
+    assert "give the command again (`train` with --resume)" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "adapter").exists() and init(world, tmp_path / "out") == 0
 
 
 def test_one_layer_at_a_time_has_its_weights(world, tmp_path, monkeypatch):

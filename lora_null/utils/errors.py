@@ -83,7 +83,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
         reason = next(filter(None, map(_why_not_written, _causes(error))), None)
         if reason is None:
             raise
-        _tell(f"{reason}; what was finished before is whole, and a run goes on with --resume")
+        _tell(f"{reason}; what was finished before is whole; give the command again (`train` with --resume)")
         return 1
 
 

@@ -31,6 +31,7 @@ from lora_null.targets import add_adapter, check_layers
 from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
 from lora_null.utils.distributed import is_first_process, together
 from lora_null.utils.errors import UserError, first_line
+from lora_null.utils.files import replacing_folder
 from lora_null.utils.limits import position_limit
 
 
@@ -62,7 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     options = InitOptions(device=device, weights=weights, seed=arguments.seed, cache=not arguments.no_cache)
     report, _ = start_adapter(peft_model, batches, options, folder=arguments.out / "init")
     if is_first_process():
-        save_plain_adapter(peft_model, arguments.out / "adapter")
+        with replacing_folder(arguments.out / "adapter") as made:
+            save_plain_adapter(peft_model, made)
         print(report)
         print(f"written: {arguments.out / 'adapter'} for any trainer, {arguments.out / 'init'} for method.init=")
     state.wait_for_everyone()  # nobody leaves while another still needs it
