@@ -49,7 +49,7 @@ class ProgressBar(ProgressCallback):
             shown = {"loss": f"{float(logs['loss']):.3f}"}
             if "drift_mean" in logs:
                 shown["drift"] = f"{logs['drift_mean']:.2%}"
-            self.training_bar.set_postfix(shown)
+            self.training_bar.set_postfix(shown, refresh=False)  # drawn with the step
 
 
 class StopDiverged(TrainerCallback):

@@ -8,15 +8,15 @@ shards a model over its processes (FSDP, DeepSpeed), and several machines, work 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -28,12 +28,14 @@ from tqdm import tqdm
 from lora_null.recipes.environment import choose_device
 from lora_null.utils.errors import WORKER, WORKERS, UserError
 from lora_null.utils.files import PART, locked, write_text
+from lora_null.utils.model_state import replaced
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 JOINED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # without which processes cannot meet
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate reads them
 SHARDING_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 MEETING_SECONDS = 1800.0  # that processes wait for each other, as Transformers has it; NCCL's own are 600
+LOG_SECONDS = 10.0  # between two states of a bar in a log
 
 
 def check_launcher() -> None:
@@ -105,8 +107,21 @@ def work_alone() -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible[index % len(visible)]
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     if not is_first_worker():
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+        tqdm.__init__ = _with_options(tqdm.__init__, disable=True)
         sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def bars(*, hidden: bool) -> Iterator[None]:
+    """Hide all progress bars (`training.disable_tqdm`), or draw them more rarely where stderr is no terminal, as in a log."""
+    options = {"disable": True} if hidden else {} if sys.stderr.isatty() else {"mininterval": LOG_SECONDS}
+    with replaced(tqdm, "__init__", _with_options(tqdm.__init__, **options)):
+        yield
+
+
+def _with_options(make: Callable[..., None], **options: Any) -> Callable[..., None]:
+    """Return `tqdm.__init__` with options that stand above those that a bar is made with."""
+    return lambda bar, *args, **given: make(bar, *args, **given | options)
 
 
 def workers() -> int:

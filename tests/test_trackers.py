@@ -1,11 +1,13 @@
 """`training.report_to`: what a tracker is told, and one run of it for each method."""
 
 import pytest
+from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 from world import make_world
 
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.processes import bars
 
 
 @pytest.fixture
@@ -39,7 +41,15 @@ def test_drift_and_the_table_are_logged_and_each_method_has_its_run(told, tmp_pa
         assert last["eval_base facts kl"] == 0 < last["eval_facts kl"]
 
 
-def test_a_grid_names_its_runs_by_their_settings(told, tmp_path):
+def test_a_grid_names_its_runs_by_their_settings_and_shows_no_bars_where_none_are_wanted(told, tmp_path, capsys):
     words = ["--method", "lora", "--seeds", "0,1", "training.report_to=tensorboard", "training.run_name=mine"]
-    assert main([str(make_world(tmp_path)), *words]) == 0
+    assert main([str(make_world(tmp_path)), *words, "training.disable_tqdm=true"]) == 0
     assert [run["name"] for run in told] == ["mine lora seed=0", "mine lora seed=1"]
+    assert "%|" not in capsys.readouterr().err
+
+
+def test_a_log_has_few_states_of_a_bar(capsys):
+    with bars(hidden=False):
+        for _ in tqdm(range(100), miniters=1, mininterval=0):
+            pass
+    assert capsys.readouterr().err.count("%|") == 2  # the first and the last

@@ -75,7 +75,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from lora_null.recipes.environment import choose_precision, prepare_cpu
     from lora_null.recipes.grid import run_grid
     from lora_null.recipes.output import check_output_folder, check_space
-    from lora_null.recipes.processes import check_launcher, join_processes, work_alone
+    from lora_null.recipes.processes import bars, check_launcher, join_processes, work_alone
     from lora_null.recipes.run import run as run_recipe
     from lora_null.recipes.sequence import check_stages, run_sequence, space_of_sequence
 
@@ -95,8 +95,10 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
             check_stages(recipe, jobs)
             check_space(Path(recipe.output_dir), space_of_sequence(recipe, jobs))
         return
+    run = run_sequence if recipe.sequence else run_grid if recipe.grid else run_recipe
     try:
-        (run_sequence if recipe.sequence else run_grid if recipe.grid else run_recipe)(recipe, **options)
+        with bars(hidden=bool(recipe.training.get("disable_tqdm"))):
+            run(recipe, **options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*_stopped(Path(recipe.output_dir), arguments)) from None
 
