@@ -13,6 +13,7 @@ import torch
 from engine_worlds import world
 from filelock import FileLock
 from kill_harness import harness, outcome, run
+from safetensors import SafetensorError
 from transformers import TrainerControl
 from world import make_world
 
@@ -22,7 +23,7 @@ from lora_null.recipes.callbacks import SaveOnSignal, WriteLog
 from lora_null.recipes.results import Row, write_row
 from lora_null.trainer.checkpoints import BEGUN_FILE, is_whole, last_checkpoint, mark_complete, remove_old
 from lora_null.utils.errors import UserError, exit_status
-from lora_null.utils.files import LOCK_FILE, locked, replacing_folder
+from lora_null.utils.files import LOCK_FILE, locked, replacing, replacing_folder
 
 
 def test_killed_runs_end_as_an_unbroken_one(tmp_path):
@@ -277,7 +278,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path / "out" / "lora").name == "checkpoint-2"
 
 
-def test_a_full_disk_is_known_in_every_wrapping(capsys):
+def test_a_full_disk_is_known_in_every_wrapping(capsys, tmp_path):
     def torch_says():
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 
@@ -290,6 +291,13 @@ def test_a_full_disk_is_known_in_every_wrapping(capsys):
     def a_quota_says():
         raise OSError(errno.EFBIG, "File too large")
 
+    def a_write_says(error):
+        with replacing(tmp_path / "cache" / "file"):
+            raise error
+
+    for error in (OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device")):
+        assert exit_status(lambda error=error: a_write_says(error)) == 1
+        assert f"error: no space left on the disk of {tmp_path / 'cache'};" in capsys.readouterr().err
     assert exit_status(a_quota_says) == 1
     assert "error: a file is larger than the system lets one be (ulimit -f)" in capsys.readouterr().err
     assert exit_status(torch_says) == exit_status(safetensors_says) == exit_status(wrapped) == 1

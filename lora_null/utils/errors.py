@@ -101,9 +101,9 @@ def _tell(message: str, head: str = "error: ") -> None:
 
 def _why_not_written(error: BaseException) -> str | None:
     """Return what an exception tells of a full disk, a quota or a limit, which torch and safetensors wrap in their own."""
-    number, text = getattr(error, "errno", None), str(error)
+    number, text, file = getattr(error, "errno", None), str(error), getattr(error, "filename", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
-        return "no space left on the disk"
+        return "no space left on the disk" + (f" of {os.path.dirname(file)}" if file else "")
     if number == errno.EFBIG or "File too large" in text:
         return "a file is larger than the system lets one be (ulimit -f)"
     # torch.save's writer says no more than where it could not go on

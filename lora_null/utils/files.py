@@ -45,6 +45,9 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(temporary)
         os.replace(temporary, path)
         flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        error.filename = getattr(error, "filename", None) or str(path)  # pyright: ignore[reportAttributeAccessIssue]
+        raise  # a failed write names no file by itself
     finally:
         temporary.unlink(missing_ok=True)
 
