@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback, WandbCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_null.eval_harness.probe import PREFIX, SECONDS
@@ -155,6 +155,8 @@ class Trackers:
         self.held = [c for c in trainer.callback_handler.callbacks if isinstance(c, tuple(kinds))]
         for tracker in self.held:
             tracker.on_train_end = lambda *_, **__: None
+            if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir:  # of TENSORBOARD_LOGGING_DIR
+                tracker.logging_dir = str(Path(tracker.logging_dir, trainer.args.run_name))
         wandb = any(isinstance(c, WandbCallback) for c in self.held)
         self.wandb = importlib.import_module("wandb") if wandb else None
         self.joined = self.wandb is not None and self.wandb.run is not None  # a run of whoever called us

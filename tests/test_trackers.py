@@ -1,5 +1,7 @@
 """`training.report_to`: what a tracker is told, and one run of it for each method."""
 
+from types import SimpleNamespace
+
 import pytest
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -7,6 +9,7 @@ from transformers.integrations import integration_utils
 from world import make_world
 
 from lora_null.recipes.__main__ import main
+from lora_null.recipes.callbacks import Trackers
 from lora_null.recipes.processes import bars
 
 
@@ -46,6 +49,14 @@ def test_a_grid_names_its_runs_by_their_settings_and_shows_no_bars_where_none_ar
     assert main([str(make_world(tmp_path)), *words, "training.disable_tqdm=true"]) == 0
     assert [run["name"] for run in told] == ["mine lora seed=0", "mine lora seed=1"]
     assert "%|" not in capsys.readouterr().err
+
+
+def test_a_folder_for_all_of_tensorboard_has_one_for_each_run():
+    board = object.__new__(integration_utils.TensorBoardCallback)  # which asks whether TensorBoard is installed
+    board.logging_dir = "boards"
+    args = SimpleNamespace(report_to=["tensorboard"], run_name="tiny lora")
+    Trackers(SimpleNamespace(args=args, callback_handler=SimpleNamespace(callbacks=[board])))
+    assert board.logging_dir == "boards/tiny lora"
 
 
 def test_a_log_has_few_states_of_a_bar(capsys):
