@@ -271,7 +271,9 @@ def judge_answers(
         with ThreadPoolExecutor(judge.parallel) as pool, bar:
             try:
                 list(pool.map(grade, todo))
-            except JudgeError:
+            except (JudgeError, KeyboardInterrupt) as error:
+                if isinstance(error, KeyboardInterrupt):
+                    logger.warning("judge: stops when the requests under way are answered, whose grades are kept")
                 pool.shutdown(cancel_futures=True)
                 raise
     return grades

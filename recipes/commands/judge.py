@@ -13,6 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lora_null.eval_harness.documents import read_documents
 from lora_null.eval_harness.mt_bench.judge import Judge, JudgeError, judge_answers
 from lora_null.eval_harness.mt_bench.task import ANSWERS_FILE, JUDGMENTS_FILE, QUESTIONS_FILE, as_questions, scores
@@ -52,7 +54,12 @@ def run(given: argparse.Namespace) -> int:
     path = answered.with_name(JUDGMENTS_FILE) if own else answered.with_suffix(".judgments.jsonl")
     check_place(path.parent, "answers")
     try:
-        grades = judge_answers(judge, questions, answers, path, model_id=read["answers"][0].get("model_id", "model"))
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):  # a grade is paid for
+            grades = judge_answers(
+                judge, questions, answers, path, model_id=read["answers"][0].get("model_id", "model")
+            )
+    except Timeout:
+        raise UserError(f"{answered}: is being graded by another command, which writes {path}; wait for it") from None
     except JudgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lora_null.eval_harness import AnswerTask, LmEvalTask, Metric, MTBenchTask, evaluate, generate
 from lora_null.eval_harness.mt_bench.judge import PROMPTS, Judge, JudgeError, judge_answers, parse_grade
@@ -201,6 +203,21 @@ def test_it_goes_on_where_it_stopped(tmp_path, caplog):
         assert "judge: 6 of 6 grades are kept from before" in caplog.text
         other = judge_answers(judge(stub), QUESTIONS, {81: ["another", "poem"]}, tmp_path / "j.jsonl", model_id="m")
     assert other == {(81, 1): 1, (81, 2): 1}
+
+
+def test_ctrl_c_keeps_the_grades_of_the_requests_under_way(tmp_path, caplog, monkeypatch):
+    answer = Stub.answer
+
+    def interrupted(stub, handler):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        answer(stub, handler)
+
+    monkeypatch.setattr(Stub, "answer", interrupted)
+    with serving((200, "[[5]]")) as stub, pytest.raises(KeyboardInterrupt):
+        grade(stub, tmp_path, parallel=1)
+    assert "stops when the requests under way are answered" in caplog.text
+    assert [line["score"] for line in lines(tmp_path / "j.jsonl")] == [5]
 
 
 @pytest.mark.parametrize("first", [(200, "[[5]]"), (429, "", {"Retry-After": "0.01"})])
@@ -456,6 +473,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         assert commands.main([*words, "--references", str(tmp_path / "r.jsonl"), "--base-url", stub.url]) == 0
     out = capsys.readouterr().out
     assert "MT-Bench         8.00 (n = 6)" in out and "missing: 0 of 6 grades" in out
+    with FileLock(tmp_path / ".a.judgments.jsonl.lock"):  # as another command holds it
+        assert commands.main([*words, "--base-url", "http://127.0.0.1:9"]) == 2
+    assert "a.jsonl: is being graded by another command" in capsys.readouterr().err
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert commands.main(words) == 2
     assert commands.main([*words[:2], "--model", "judge-1", "--base-url", "http://127.0.0.1:9"]) == 2
