@@ -667,6 +667,8 @@ def test_an_out_that_cannot_be_replaced_is_told_before_the_work(tmp_path, monkey
     with replacing_folder(tmp_path / "link") as folder:  # the folder behind it is replaced
         (folder / "a").write_text("b")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "a").read_text() == "b"
+    with pytest.raises(UserError, match="out: exists already"), replacing_folder(tmp_path / "out"):
+        (tmp_path / "out" / "of_another").mkdir(parents=True)
     monkeypatch.setattr("os.path.ismount", lambda path: True)
     with pytest.raises(UserError, match="out: is a mount point, which cannot be replaced; give a folder inside it"):
         check_free(tmp_path / "out")

@@ -78,7 +78,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         for entry in temporary.rglob("*"):
             flush(entry)
         flush(temporary)
-        os.replace(temporary, path)  # over an empty folder too
+        try:
+            os.replace(temporary, path)  # over an empty folder too
+        except OSError:
+            check_free(path)  # which another process may have filled meanwhile
+            raise
         flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
