@@ -16,7 +16,6 @@ from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lora_null.adapters.join import join_onto
 from lora_null.adapters.saved import read_adapter
@@ -70,7 +69,7 @@ from lora_null.recipes.training import TRAINERS, optimizer_steps, total_batch, t
 from lora_null.start import InitOptions
 from lora_null.store import REPORT_FILE, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
-from lora_null.trainer.checkpoints import last_checkpoint
+from lora_null.trainer.checkpoints import checkpoints_in, last_checkpoint
 from lora_null.trainer.methods.base import can_start_in_files
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_process, together
 from lora_null.utils.errors import UserError, first_line
@@ -120,6 +119,9 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
         rows.append(_train_method(job, plan, rows[0]))
         free_memory()  # the trainer, which nothing refers to any more
         if is_first_process():
+            # Also of a method that was finished before: the removal may have been killed.
+            for checkpoint in [] if job.keep_weights else checkpoints_in(job.folder / plan.name):
+                shutil.rmtree(checkpoint)
             write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
         if after_row is not None:
             after_row(rows[-1])
@@ -176,8 +178,6 @@ def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
         write_row(folder, row)
         if row.budget is not None:
             print(f"{plan.name}: {row.budget.sentence()}")
-        for checkpoint in [] if job.keep_weights else folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            shutil.rmtree(checkpoint)
     PartialState().wait_for_everyone()
     return row
 

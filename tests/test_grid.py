@@ -51,6 +51,7 @@ from lora_null.recipes.results import (
     parse_results,
     variant_of,
     write_results,
+    write_row,
 )
 from lora_null.utils.errors import WORKER, WORKERS, UserError
 from lora_null.utils.files import remove_parts
@@ -244,6 +245,24 @@ def test_a_swept_rank_starts_anew_and_is_reported(tmp_path):
         ["model.layers.0.mlp.up_proj.A"].shape for r in (2, 4)
     ]  # fmt: skip
     assert shapes == [(2, 32), (4, 32)]
+
+
+def test_checkpoints_whose_removal_was_killed_go_when_the_run_goes_on(tmp_path, monkeypatch):
+    write_row(tmp_path / "lora", Row(method="lora"))
+    (tmp_path / "lora" / "checkpoint-1").mkdir()
+    job = SimpleNamespace(folder=tmp_path, plans=[SimpleNamespace(name="lora")], keep_weights=False)
+    job.data, job.windows = SimpleNamespace(bad=[]), []
+    job.recipe = SimpleNamespace(method=SimpleNamespace(name=["lora"]))
+    monkeypatch.setattr(run, "evaluate_base", lambda job: Row(method="base"))
+    monkeypatch.setattr(run, "_results", lambda job, rows: None)
+    monkeypatch.setattr(run, "write_run_card", lambda *_: None)
+
+    def stop(row):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run.run_job(job, stop)
+    assert not (tmp_path / "lora" / "checkpoint-1").exists()
 
 
 def test_a_rank_of_one_methods_own_need_not_suit_the_others(tmp_path):
