@@ -23,7 +23,7 @@ from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, l
 from lora_null.layer import _say_once, adapted_layers
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer, calibration_windows, own_texts
 from lora_null.trainer.calibration_data import as_batches, padded_batches
-from lora_null.trainer.checkpoints import last_checkpoint, mark_complete
+from lora_null.trainer.checkpoints import is_whole, last_checkpoint, mark_complete
 
 LABELED = Dataset.from_dict({"prompt": ["a"] * 4, "completion": [0, 1, 1, 0]}).cast_column(
     "completion", ClassLabel(names=["no", "yes"])
@@ -271,9 +271,17 @@ def test_what_the_optimizer_of_a_checkpoint_holds_is_told_where_something_else_i
         assert {group["initial_lr"] for group in resumed.optimizer.param_groups} == {1e-2}
 
 
-def test_resume_without_a_checkpoint_is_a_users_mistake(tmp_path):
-    with pytest.raises(UserError, match="no whole checkpoint"):
+def test_resume_without_a_checkpoint_is_a_users_mistake_that_last_checkpoint_does_not_make(tmp_path):
+    half = tmp_path / "checkpoint-1"
+    half.mkdir()
+    (half / "begun.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no whole checkpoint .* train\(\) without"):
         make(tmp_path).train(resume_from_checkpoint=True)
+    options = {"save_strategy": "steps", "save_steps": 1}
+    for steps in (1, 2):
+        trainer = make(tmp_path, max_steps=steps, **options)
+        trainer.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+        assert trainer.state.global_step == steps and is_whole(half)
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])

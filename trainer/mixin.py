@@ -416,7 +416,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         """Where the initial factors, the layer report and the drift probes are kept."""
         return Path(self.args.output_dir) / "init"
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
         """Initialize (or restore), check, train; the arguments and the result are the parent trainer's."""
         if any(isinstance(module, BaseTunerLayer) and module.merged for module in self.model.modules()):
             raise UserError(
@@ -427,7 +427,9 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         if wanted is True:
             wanted = on_first_process(lambda: last_checkpoint(folder))
         if resume_from_checkpoint is True and wanted is None:
-            raise UserError(f"resume: no whole checkpoint in {folder}")
+            raise UserError(
+                f"resume: no whole checkpoint in {folder}; train() without resume_from_checkpoint begins there"
+            )
         checkpoint = Path(wanted) if wanted else None
         fsdp, zero = (getattr(self.accelerator.state, f"{engine}_plugin", None) for engine in ("fsdp", "deepspeed"))
         check_engine(self.method, fsdp=fsdp and fsdp.fsdp_version, zero=zero and zero.zero_stage, args=self.args)
