@@ -242,6 +242,14 @@ def what_is_kept(folder: Path) -> str:
     return f"in {folder}: {', '.join(kept)}" if kept else f"nothing was finished in {folder} yet"
 
 
+def remove_left(folder: Path) -> None:
+    """Remove the files that killed commands have left half-written in a run's folder, unless the run is going on."""
+    left = [path for path in folder.glob(f".*.*{PART}") if path.is_file()]
+    with locked(folder) if left else contextlib.nullcontext() as held:
+        for path in left if held else ():
+            path.unlink(missing_ok=True)
+
+
 def _check_writable(folder: Path, what: str = "output_dir") -> None:
     """Write and remove one mebibyte, so that a full or read-only disk is known before a model loads."""
     check_place(folder, what)

@@ -13,7 +13,7 @@ from lora_null.eval_harness import Evaluation
 from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.run_folder import RECIPE_FILE, whole_of
 from lora_null.recipes.config.stages import stage_folder
-from lora_null.recipes.output import PAGE_FILE, check_place
+from lora_null.recipes.output import PAGE_FILE, check_place, remove_left
 from lora_null.recipes.report import write_report
 from lora_null.recipes.results import (
     EVAL_FILE,
@@ -66,6 +66,7 @@ def report(folder: Path) -> Path:
         UserError: the folder holds no run, or results that this version does not read.
     """
     folder = _folder_with_results(folder)
+    remove_left(folder)
     if (folder / RESULTS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
         write_report(folder)
         return folder / PAGE_FILE
@@ -133,6 +134,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> Path:
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise UserError(f"--out: {out} holds other files; choose an empty folder")
     if ours:
+        remove_left(out)
         shutil.rmtree(out / "logs", ignore_errors=True)  # of rows that had other numbers
     base = next((results.base for results in found if results.base.metrics), found[0].base)
     rows, of_base = [], {}

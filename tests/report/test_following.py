@@ -25,6 +25,7 @@ from lora_null.recipes.results import (
     write_results,
     write_row,
 )
+from lora_null.utils.files import beside, locked
 
 
 def metrics(nll, kl, other=None):
@@ -244,7 +245,10 @@ def unfinished(folder):
 
 def test_a_run_that_goes_on_is_reported_and_stays_unfinished(tmp_path, capsys):
     folder = unfinished(tmp_path / "run")
-    assert main(["report", str(folder)]) == 0
+    (left := beside(folder / "unfinished.html")).touch()
+    with locked(folder):  # by the run, whose file it may be
+        assert main(["report", str(folder)]) == 0 and left.is_file()
+    assert main(["report", str(folder)]) == 0 and not left.exists()
     page = (folder / "unfinished.md").read_text()
     assert "**Not finished: 1 of 3 methods. LoRA: KL to base on NQ" in page
     assert "PiSSA (not finished, at step 5)" in page and "| LoRA " in page and "LoRA-FA" not in page
@@ -278,7 +282,9 @@ def test_several_runs_on_one_page(tmp_path, capsys):
     html = (tmp_path / "page" / "report.html").read_text()
     assert "(Holm)" not in page + html and "Bold" not in html  # as nothing was compared question by question
     (tmp_path / "page" / "logs" / "9").mkdir(parents=True)
+    (left := beside(tmp_path / "page" / "report.html")).touch()
     assert main(["report", str(one), str(other), "--out", str(tmp_path / "page")]) == 0  # written again
+    assert not left.exists()
     assert not (tmp_path / "page" / "logs" / "9").exists()  # of a row that is no longer there
     (other / "recipe.yaml").write_text("model: {name_or_path: m}")
     write_results(other, results(nll=0.9, kl=0.2).model_copy(update={"model": "the/folder/of/m"}))
