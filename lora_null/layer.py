@@ -444,7 +444,7 @@ class LoraNullLinear(Linear):
         self.residual = self._known_residual.to(x.device)  # and it stays: DPO's reference asks for it in every step
         A, B, _ = self.residual
         offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * missing
-        return result + offset.to(result.dtype)
+        return (result + offset).to(result.dtype)  # rounded once, as `_plain_forward` does
 
     def _has_one_adapter(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Return whether one live adapter without dropout is all there is: the case while training."""

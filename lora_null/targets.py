@@ -56,7 +56,8 @@ def check_unadapted(model: Any) -> None:
     if bare and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UserError(
             "model: still holds the adapter that an earlier trainer, or inject_adapter_in_model, put into it; the model that "
-            "this trainer has trained goes on with it, and unload() of that gives the original back"
+            "this trainer has trained goes on with it, and unload() of that gives the original back, except for "
+            "modules_to_save"
         )
 
 

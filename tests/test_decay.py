@@ -262,6 +262,15 @@ def test_an_optimizer_of_ones_own(tmp_path):
         assert "DecayToStart" in trainer.callback_handler.callback_list
 
 
+def test_a_decay_beside_an_optimizer_of_ones_own(tmp_path):
+    model = get_peft_model(tiny_model(), KINDS["v1"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = torch.optim.AdamW([{"params": trained[:2], "weight_decay": 0.0}, {"params": trained[2:]}], weight_decay=0.1)
+    with pytest.raises(UserError, match=r"weight_decay: 0.0 of the optimizer given and 0.5 of the training arguments"):
+        make(tmp_path, "none", model=model, optimizers=(own, None), weight_decay=0.5)
+    make(tmp_path, "none", model=model, optimizers=(own, None), weight_decay=0.1)
+
+
 def test_an_optimizer_of_ones_own_whose_groups_have_no_decay(tmp_path):
     class AdamW(torch.optim.Optimizer):
         def __init__(self, parameters):

@@ -444,6 +444,9 @@ def test_new_tokens_of_tied_embeddings_are_refused_where_trl_cannot_read_them(va
     instead = dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     tied = LoraNullConfig(r=4, target_modules=["q_proj"], variant=variant, **instead)
     make(tmp_path, tied, model=tiny_model(tie_word_embeddings=True), max_steps=1).train()
+    both = LoraNullConfig(r=4, variant=variant, trainable_token_indices={"embed_tokens": [5], "lm_head": [5]})
+    with pytest.raises(UserError, match="indices: TRL's loss cannot read what trains of the head; leave the head out"):
+        make(tmp_path, both, model=tiny_model())
 
 
 def test_a_trainer_without_a_tokenizer(tmp_path):

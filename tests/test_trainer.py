@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import losses_over, random_batches, tiny_model, tiny_tokenizer
+from tiny import losses_over, random_batches, save_tiny, tiny_model, tiny_tokenizer
 from trainers import CUT, PAIRS, ROWS, TEXTS, quick
 from transformers import LlamaConfig
 from trl import DPOConfig, SFTConfig, SFTTrainer
@@ -73,6 +73,24 @@ def make(
 
 def losses(trainer):
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def test_a_second_training_tells_what_its_optimizer_keeps(tmp_path, caplog):
+    config = LoraNullConfig(r=4, variant="nb")
+    trainer = make(tmp_path, config, model=save_tiny(tmp_path / "model"), max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    trainer.args.learning_rate = 1e-3
+    trainer.train()
+    assert (
+        caplog.text.count("learning_rate: the optimizer of the first training goes on with 0.01, not with 0.001") == 1
+    )
+    assert trainer.state.log_history[0]["learning_rate"] == 1e-2
+    trainer.optimizer = None
+    trainer.train()
+    assert trainer.state.log_history[0]["learning_rate"] == 1e-3 and caplog.text.count("goes on with") == 1
+    for layer in adapted_layers(trainer.model).values():
+        A, N = layer.lora_A["default"].weight.detach().double(), layer.bases["default"].vectors.double()
+        assert (A - A @ N @ N.pinverse()).norm() < 1e-5 * A.norm()
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])

@@ -185,6 +185,8 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
     ) -> None:
         check_mode(preflight)
         given = arguments_by_name(type(self), LoraNullMixin, args, kwargs)
+        if isinstance(given.get("model"), os.PathLike):
+            given["model"] = os.fspath(given["model"])
         if self.fields_read(given):
             given["processing_class"] = processing_class_of(given)
         start = {"calibration_dataset": calibration_dataset, "calibration_args": calibration_args}
@@ -449,6 +451,8 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
             self._remember_start()
             self.init_seconds = time.perf_counter() - start
         else:
+            if checkpoint is None:
+                self._tell_of_changed_settings()
             self._find_start()
             if self.train_dataset is not self._prepared_dataset:  # other rows than those of the training before
                 self._prepare_rows(checkpoint)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
-from lora_null.trainer.checkpoints import SavingMixin
+from lora_null.trainer.checkpoints import SavingMixin, bare
 from lora_null.trainer.decay import DecayToStart, averages, check_decay_is_read, decays_to_start, optimizer_name
 from lora_null.trainer.methods import Method
 from lora_null.trainer.methods.lora_null import KeepInNullBasis
@@ -21,6 +21,14 @@ from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line
 
 logger = get_logger(__name__)
+
+KEPT = (
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)  # arguments that an optimizer keeps
 
 
 def named_optimizer(
@@ -46,6 +54,7 @@ class OptimizerMixin(SavingMixin):
 
     Attributes:
         _given_optimizer, _made_optimizer: the user's, and the one that the trainer has made; None for none.
+        _made_with: the training arguments that the latter keeps, by name, as they were then.
         _asked_to_start: the trainer's `decay_to_start`.
     """
 
@@ -53,13 +62,20 @@ class OptimizerMixin(SavingMixin):
     _already_trained: bool
     _given_optimizer: torch.optim.Optimizer | None
     _made_optimizer: torch.optim.Optimizer | None
+    _made_with: dict[str, float]
 
     def _check_own_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimizer of the user's that holds nothing of what trains; say where it holds only some of it."""
+        """Refuse an optimizer of the user's of another decay, or that holds nothing of what trains; say if it holds a part."""
         if self.method.new_parameters and not self._already_trained:
             raise UserError(
                 f"optimizers: {self.method.name} gives the layers new factors when training begins, which an optimizer "
                 "made before does not hold; leave it out, or give its class by optimizer_cls_and_kwargs"
+            )
+        decays = [group["weight_decay"] for group in optimizer.param_groups if "weight_decay" in group]
+        if decays and self.args.weight_decay and self.args.weight_decay not in decays:
+            raise UserError(
+                f"weight_decay: {decays[0]} of the optimizer given and {self.args.weight_decay} of the training arguments "
+                f"differ; set the latter to {decays[0]}"
             )
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         trained = {name: id(parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -111,7 +127,18 @@ class OptimizerMixin(SavingMixin):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent trainer; it is remembered as the trainer's own."""
         self._made_optimizer = super().create_optimizer(*args, **kwargs)
+        self._made_with = {key: getattr(self.args, key) for key in KEPT}
         return self._made_optimizer
+
+    def _tell_of_changed_settings(self) -> None:
+        """Say what was changed in the arguments since the optimizer was made, which goes on with what it had."""
+        of_trainer = self._made_optimizer is not None and bare(self.optimizer) is self._made_optimizer
+        for key, held in self._made_with.items() if of_trainer else ():
+            if getattr(self.args, key) != held:
+                logger.warning(
+                    f"{key}: the optimizer of the first training goes on with {held}, not with {getattr(self.args, key)}; "
+                    "trainer.optimizer = None before train() makes a new one"
+                )
 
     def check_stepped_by(self, optimizer: torch.optim.Optimizer) -> None:
         """Check an optimizer that the trainer did not make itself, such as that of an overridden `create_optimizer`."""
