@@ -188,10 +188,7 @@ def _adds(layer: LoraLayer, adapter_name: str) -> bool:
         return bool(B.any()) and bool(A.any())
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    """Say it once per process, whatever the number of layers."""
-    logger.warning(line)
+_say_once = functools.cache(logger.warning)  # per process, whatever the number of layers
 
 
 def check_beside_residual(adapter_name: str, config: Any, *, started: bool = False) -> None:
@@ -280,9 +277,7 @@ class LoraNullLinear(Linear):
             self._of_null_basis |= {adapter_name} if config.variant == "nb" else frozenset()
         if counts_from_residual:
             with torch.no_grad():
-                for factor, start in zip(
-                    factors_of(self, adapter_name), (self._known_residual.A, self._known_residual.B)
-                ):
+                for factor, start in zip(factors_of(self, adapter_name), self._known_residual[:2]):
                     factor.copy_(start)
             self.residual_adapters |= {adapter_name}
 
@@ -339,20 +334,21 @@ class LoraNullLinear(Linear):
             whole = not is_sharded(factors_of(self, name)[1])  # of pieces some processes alone would raise
             if name in self.started or (whole and self._is_zero(name) is False):  # or combined from others
                 raise UserError(NO_BASIS)
-        for name in self._not_trained_yet.intersection(self.active_adapters):
+        begin = self._not_trained_yet.intersection(self.active_adapters)
+        for name in begin:
             frozen = self.frozen_peft_weight_names.get(name, ())
             if "lora_A" in frozen and factors_of(self, name)[0].requires_grad:
                 _say_once(
                     f"adapter {name!r}: v2 keeps A frozen, and requires_grad was set on it: it trains and leaves the null "
                     "space; take the parameters whose requires_grad is set already"
                 )
-        for name in self._not_trained_yet.intersection(self.active_adapters) - self.started:
+        for name in begin - self.started:
             if factors_of(self, name)[1].requires_grad and self._is_zero(name):  # a combination has its B already
                 _say_once(
                     f"adapter {name!r}: a LoraNullConfig that was never initialized trains from a random A; use "
                     "LoraNullSFTTrainer, or initialize_lora_null_weights first"
                 )
-        self._not_trained_yet -= {*self.active_adapters}
+        self._not_trained_yet -= begin
 
     def _is_zero(self, adapter_name: str) -> bool | None:
         """Return whether what this process holds of B is 0, without a collective; None where it holds nothing of it."""
@@ -451,11 +447,10 @@ class LoraNullLinear(Linear):
         if args or kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return False
         name = self.active_adapters[0]
-        plain = name in self.lora_A and name not in self.lora_variant
-        plain = plain and self.lora_B[name].bias is None
-        A = self.lora_A[name].weight if plain else None
-        whole = plain and not (is_sharded(A) or A.is_meta)  # or its own forward pass gathers it
-        return whole and isinstance(self.lora_dropout[name], nn.Identity)
+        if name not in self.lora_A or name in self.lora_variant or self.lora_B[name].bias is not None:
+            return False
+        A = self.lora_A[name].weight  # where it is not whole, its own forward pass gathers it
+        return not (is_sharded(A) or A.is_meta) and isinstance(self.lora_dropout[name], nn.Identity)
 
     def _plain_forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute W x + B (s · A x) as PEFT does, without its passes over wide tensors.

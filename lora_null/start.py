@@ -222,7 +222,8 @@ def compute_start(
     measured = together(checked)
     name, adapted = (rule.label, layers) if rule is not None else ("", {})
     base = fingerprint_of(model, options.weights, adapted)
-    method = whole.method if whole is not None else type(getattr(rule, "inner", rule))
+    inner = getattr(rule, "inner", rule)
+    method = whole.method if whole is not None else type(inner)
     key = _key(base, layers, adapter_name, measured, options, whole, f"{name} {code_of(method, model)}")
     if hook := hook_in(model):
         key = broadcast(uuid.uuid4().hex[:24])  # which no other run asks for
@@ -249,7 +250,7 @@ def compute_start(
         }
         report = LayerReport(count_tokens(measured), base, key, name, seconds, [lines[name] for name in adapted])
         on_first_process(lambda: _finish(report, path, folder))
-    if isinstance(getattr(rule, "inner", rule), NullSpace):
+    if isinstance(inner, NullSpace):
         _report_small(report, layers)
     return _start_of(report, parts)
 
@@ -352,9 +353,8 @@ def load_start(
         raise UserError(f"{folder}: was written for other base weights than these")
     parts = {name: part for name, part in store.read_parts(folder).items() if part.key == report.key}
     if rule:
-        of = {name: part for part in parts.values() for name in part.factors}
-        ranks = {name: len(part.factors[name][0]) for name, part in of.items()}
-        scalings = {name: part.scaling[name] for name, part in of.items()}
+        ranks = {name: len(A) for part in parts.values() for name, (A, _) in part.factors.items()}
+        scalings = {name: scaling for part in parts.values() for name, scaling in part.scaling.items()}
         check_made_for(f"{folder}", ranks, scalings, layers, adapter_name)
     for part in parts.values():
         _write_factors(part, layers, adapter_name)
@@ -513,10 +513,11 @@ def _unmeasured(
 
 
 def _finish(report: LayerReport, path: Path | None, folder: Path | None) -> None:
-    if path is not None:
-        write_json(path / store.REPORT_FILE, report.to_json())  # with it the folder is complete
-        store.prune_cache(path)
-    if path is not None and folder is not None and path != folder:
+    if path is None:
+        return
+    write_json(path / store.REPORT_FILE, report.to_json())  # with it the folder is complete
+    store.prune_cache(path)
+    if folder not in (None, path):
         store.copy_store(path, folder)
 
 

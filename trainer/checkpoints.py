@@ -272,9 +272,7 @@ class SavingMixin(Base):
             self.args.save_total_limit, self.args.push_to_hub = keep, push
         if self.args.should_save:
             self._keep_start(checkpoint)
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "save_state"):  # `on_save` would come after it is marked as complete
-                    callback.save_state(checkpoint)
+            self._call_back("save_state", checkpoint)  # `on_save` would come after it is marked as complete
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             record_processes(checkpoint, *self._trained_by())
@@ -284,6 +282,10 @@ class SavingMixin(Base):
         if self.args.should_save:
             remove_old(checkpoint, keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # nobody goes on, or ends, before it is whole
+
+    def _call_back(self, name: str, *given: Any) -> list[Any]:
+        """Call a method of every callback that has it; return what each gave."""
+        return [getattr(one, name)(*given) for one in self.callback_handler.callbacks if hasattr(one, name)]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter or the model, whole whatever the engine; all processes call it, the first one writes."""
@@ -411,11 +413,7 @@ class SavingMixin(Base):
 
         A callback that ended the training there says so by `has_ended(checkpoint)`, its state having been loaded.
         """
-        if any(
-            callback.has_ended(checkpoint)
-            for callback in self.callback_handler.callbacks
-            if hasattr(callback, "has_ended")
-        ):
+        if any(self._call_back("has_ended", checkpoint)):
             return True
         saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         steps = self.args.max_steps

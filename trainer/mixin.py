@@ -104,15 +104,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 # Of an adapter's config: what is only told, what a run may change on the way, and what names the modules.
-DECIDES_NOTHING = (
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-)
-DECIDES_NOTHING += ("runtime_config", "lora_dropout", "module_dropout")
+DECIDES_NOTHING = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
+DECIDES_NOTHING += ("inference_mode", "runtime_config", "lora_dropout", "module_dropout")
 DECIDES_NOTHING += ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -369,11 +362,8 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         """Check that what decides the start is there and will be read, now that the method is known."""
         method, folder, texts = self.method, self._init_folder, self._calibration_dataset is not None
         if folder is not None and (self._already_trained or method.rule_for(self._init_options) is None):
-            reason = (
-                "the adapter is started already"
-                if self._already_trained
-                else f"{method.name} computes no initialization"
-            )
+            reason = f"{method.name} computes no initialization"
+            reason = "the adapter is started already" if self._already_trained else reason
             raise UserError(f"init_folder: would not be read, {reason}")
         if texts and folder is not None and not method.needs_texts:
             logger.info(f"calibration_dataset: not read, start and drift are those of {folder}")
@@ -426,9 +416,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
             )
         folder = Path(self.args.output_dir)
         wanted = resume_from_checkpoint
-        if wanted is True:
-            wanted = on_first_process(lambda: last_checkpoint(folder))
-        if resume_from_checkpoint is True and wanted is None:
+        if wanted is True and (wanted := on_first_process(lambda: last_checkpoint(folder))) is None:
             raise UserError(
                 f"resume: no whole checkpoint in {folder}; train() without resume_from_checkpoint begins there"
             )
@@ -456,18 +444,15 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
             self._find_start()
             if self.train_dataset is not self._prepared_dataset:  # other rows than those of the training before
                 self._prepare_rows(checkpoint)
-        for callback in self.callback_handler.callbacks if checkpoint is not None else ():
-            if hasattr(callback, "load_state"):
-                callback.load_state(checkpoint)
+        if checkpoint is not None:
+            self._call_back("load_state", checkpoint)
         try:
             if checkpoint is not None and self._has_reached_its_end(checkpoint):
                 self._place(in_pieces=fsdp is not None and fsdp.fsdp_version == 2)
                 return self._take_trained(checkpoint)
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "release_hooks"):
-                    callback.release_hooks()
+            self._call_back("release_hooks")
         self.something_moved = any(all_gather(self._watch.moved(self.model)))
         if self._preflight != "off" and not self.something_moved:
             logger.warning(
@@ -510,13 +495,9 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         rule = after_earlier(rule, options.earlier, options.knowledge)
         finished = self._finished_start(resuming)
         if finished is not None:
+            label = rule.label if rule is not None else ""
             start = load_start(
-                finished,
-                self.model,
-                layers,
-                rule=rule.label if rule is not None else "",
-                adapter_name=self.adapter_name,
-                weights=self._weights,
+                finished, self.model, layers, rule=label, adapter_name=self.adapter_name, weights=self._weights
             )
             if self.args.should_save:
                 copy_store(finished, self.init_dir)
@@ -709,9 +690,8 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         """Add the knowledge drift (mean and max over the layers), and the loss's terms, to every training log line."""
         if "loss" in logs:
             logs |= self._logged_terms()
-        if self.drift_meter is not None and "loss" in logs:
-            drift = self.drift_meter.summary()
-            logs |= {"drift_mean": drift["mean"], "drift_max": drift["max"]}
+            drift = self.drift_meter.summary() if self.drift_meter is not None else {}
+            logs |= {f"drift_{name}": value for name, value in drift.items()}
         super().log(logs, *args, **kwargs)
 
 

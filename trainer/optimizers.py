@@ -22,13 +22,8 @@ from lora_null.utils.errors import UserError, first_line
 
 logger = get_logger(__name__)
 
-KEPT = (
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-)  # arguments that an optimizer keeps
+# Training arguments that an optimizer keeps as it was made with them.
+KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def named_optimizer(

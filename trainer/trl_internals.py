@@ -70,14 +70,12 @@ def check_fused_head(model: nn.Module) -> None:
     base = base_model_of(model)
     head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
     if _fused_forward(base) is not None and isinstance(head, TrainableTokensWrapper):
-        which, instead = "", "leave the head out, or give modules_to_save=[the embedding, the head]"
-        if base.config.get_text_config().tie_word_embeddings:
-            which, instead = (
-                "with tied embeddings ",
-                "give modules_to_save=[the embedding] and ensure_weight_tying=True",
-            )
+        tied = base.config.get_text_config().tie_word_embeddings
+        which = "with tied embeddings " if tied else ""
+        instead = "[the embedding] and ensure_weight_tying=True" if tied else "[the embedding, the head]"
         raise UserError(
-            f"trainable_token_indices: {which}TRL's loss cannot read what trains of the head; {instead} instead"
+            f"trainable_token_indices: {which}TRL's loss cannot read what trains of the head; give modules_to_save="
+            f"{instead} instead" + ("" if tied else ", or leave the head out")
         )
 
 
