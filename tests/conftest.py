@@ -26,6 +26,14 @@ def first_time():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_power_cut():
+    """What tests write need not outlive the machine: nothing waits until it is on the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     show_messages()
     real, own = cache_root(), tmp_path_factory.mktemp("cache")
