@@ -5,6 +5,7 @@ import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers that take all cores, and spin there while
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # they wait, stand in each other's way
+    gc.disable()  # until all tests are collected: imports make many objects, which stay
 
 import pytest
 
@@ -17,6 +18,7 @@ def pytest_collection_finish():
     """Leave what imports have made out of garbage collections: every run makes several, of half a second each."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
