@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special  # scipy.stats takes half a second to import
 
 if TYPE_CHECKING:
     from lora_null.eval_harness.results import Evaluation, TaskResult
@@ -139,7 +139,7 @@ def t_tests(spread: Spread, methods: int) -> TTest:
             fewest = (methods - 1) * (spread.seeds - 1)
             df = spread.seeds - 1 if spread.questions == 0 else min(df, fewest)
         stderr = np.where(np.isfinite(variance) & (variance > 0), np.sqrt(variance), np.nan)
-        p = 2 * stats.t.sf(np.abs(spread.mean) / stderr, df)
+        p = 2 * special.stdtr(df, -np.abs(spread.mean) / stderr)
     return TTest(spread.mean, stderr, df, p)
 
 
@@ -149,7 +149,8 @@ def _common_ratio(ratio: np.ndarray, df: int) -> np.ndarray:
     """
     known = np.isfinite(ratio)
     ratio = np.where(known, ratio, np.where(known.any(axis=-1, keepdims=True), np.nan, 0.0))
-    median = np.nanmedian(ratio, axis=-1, keepdims=True) * df / stats.chi2.median(df)
+    chi2_median = 2 * special.gammaincinv(df / 2, 0.5)
+    median = np.nanmedian(ratio, axis=-1, keepdims=True) * df / chi2_median
     return np.minimum(np.nanmean(ratio, axis=-1, keepdims=True), median)
 
 
