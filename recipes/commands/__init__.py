@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from lora_null.recipes.commands.arguments import ALLOW, JAILED, KEYS_AS_OPTIONS, NAMING, build_parser
 from lora_null.utils.errors import SIGTERM_STATUS, UserError, exit_status, nearest
+from lora_null.utils.imports import uncollected
 from lora_null.utils.quiet import quiet
 
 
@@ -68,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         name = arguments.command or "train"  # without a command: --list
         try:
-            return importlib.import_module(f"{__name__}.{name}").run(arguments)
+            with uncollected():
+                command = importlib.import_module(f"{__name__}.{name}")
+            return command.run(arguments)
         except UserError as error:
             raise type(error)(_in_options(str(error), name)) from None
 

@@ -15,6 +15,7 @@ from lora_null.recipes.config.run_folder import RECIPE_FILE, resume_command
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.stages import join_recipes, stage_recipes
 from lora_null.utils.errors import WORKERS, UserError
+from lora_null.utils.imports import uncollected
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -71,13 +72,14 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
         )
     if arguments.dry_run:
         _go_offline_without_a_network()
-    from lora_null.recipes.dry_run import dry_run
-    from lora_null.recipes.environment import choose_precision, prepare_cpu
-    from lora_null.recipes.grid import run_grid
-    from lora_null.recipes.output import check_output_folder, check_space
-    from lora_null.recipes.processes import bars, check_launcher, join_processes, work_alone
-    from lora_null.recipes.run import run as run_recipe
-    from lora_null.recipes.sequence import check_stages, run_sequence, space_of_sequence
+    with uncollected():
+        from lora_null.recipes.dry_run import dry_run
+        from lora_null.recipes.environment import choose_precision, prepare_cpu
+        from lora_null.recipes.grid import run_grid
+        from lora_null.recipes.output import check_output_folder, check_space
+        from lora_null.recipes.processes import bars, check_launcher, join_processes, work_alone
+        from lora_null.recipes.run import run as run_recipe
+        from lora_null.recipes.sequence import check_stages, run_sequence, space_of_sequence
 
     check_launcher()
     prepare_cpu()
