@@ -6,6 +6,7 @@ Rows come as they were written: no column is forced into one type, no empty or "
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
 import itertools
@@ -110,9 +111,13 @@ def read_documents(
 def _parquet_rows(path: Path, label_names: bool) -> list[dict[str, Any]]:
     table = pyarrow.parquet.ParquetFile(path).read()
     _check_distinct(table.column_names)
-    written = (table.schema.metadata or {}).get(b"huggingface")  # by `datasets`, about the columns
-    info = json.loads(written).get("info") if written and label_names else None
-    return from_arrow(table.to_pylist(), (info or {}).get("features") or {})
+    features: Any = None
+    if label_names and (
+        written := (table.schema.metadata or {}).get(b"huggingface")
+    ):  # by `datasets`, about the columns
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # by somebody else, of another form
+            features = json.loads(written)["info"]["features"]
+    return from_arrow(table.to_pylist(), features if isinstance(features, dict) else {})
 
 
 def _check_distinct(names: Sequence[str], what: str = "columns") -> None:
@@ -140,16 +145,17 @@ def from_arrow(rows: Iterable[Mapping[str, Any]], features: Mapping[str, Any] = 
 
 
 def _as_meant(value: Any, feature: Any) -> Any:
-    if isinstance(feature, list):  # as earlier versions of `datasets` wrote a list
+    if isinstance(feature, list) and feature:  # as earlier versions of `datasets` wrote a list
         feature = {"_type": "List", "feature": feature[0]}
-    feature = feature or {}
-    if isinstance(value, dict | list) and "_type" in feature:
+    feature = feature if isinstance(feature, dict) else {}
+    if isinstance(value, dict | list) and isinstance(feature.get("_type"), str):
         feature = feature.get("feature", feature)
+        feature = feature if isinstance(feature, dict) else {}
     if isinstance(value, dict):
         return {key: _as_meant(inner, feature.get(key)) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_as_meant(inner, feature) for inner in value]
-    if feature.get("_type") != "ClassLabel":
+    if feature.get("_type") != "ClassLabel" or not isinstance(value, int):  # replaced since, by texts
         return value
     return feature["names"][value] if value in range(len(feature["names"])) else None
 
@@ -294,9 +300,9 @@ def _rows_of_object(value: dict[str, Any], file: str) -> list[Any]:
         return value[key]
     if columns and all(isinstance(column, dict) for column in columns):
         if columns[0].keys() == set().union(*columns) and all(map(str.isdecimal, columns[0])):
-            columns = [list(column.values()) for column in columns]
+            columns = [[column[row] for row in columns[0]] for column in columns]
         elif len(columns) > 1 and not any({"role", "from"} & column.keys() for column in columns):
-            raise ValueError(f"{len(columns)} objects, each under a key such as {min(value)!r}; write them as a list")
+            raise ValueError(f"{len(columns)} objects under keys such as {min(value)!r}; write the rows as a list")
     if not columns or not all(isinstance(c, list) for c in columns) or all(map(is_conversation, columns)):
         return [value]
     if len({len(column) for column in columns}) > 1:
@@ -311,10 +317,14 @@ def _key_of_rows(value: dict[str, Any]) -> str | None:
     Raises:
         ValueError: lists of rows under several keys.
     """
+    if len(value) > 1 and any(map(is_conversation, value.values())):
+        return None
     lists = [name for name, held in value.items() if isinstance(held, list) and held and not is_conversation(held)]
     lists = [name for name in lists if all(isinstance(entry, dict) for entry in value[name])]
     if len(lists) == len(value) > 1:
-        raise ValueError(f"lists of rows under {' and '.join(map(repr, lists))}; write one to a file of its own")
+        raise ValueError(
+            f"lists of rows under {' and '.join(map(repr, lists))}; write one to a file of its own, or columns as rows"
+        )
     lengths = {len(held) if isinstance(held, list) else None for held in value.values()}
     found = [name for name in lists if len(value) == 1 or (name.lower() in KEYS_OF_ROWS and len(lengths) > 1)]
     return found[0] if len(found) == 1 else None

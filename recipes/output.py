@@ -214,6 +214,9 @@ def _differences(before: Any, now: Any, key: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         names = [name for name in {**now, **before} if key or name != "output_dir"]
         return [line for n in names for line in _differences(before.get(n), now.get(n), f"{key}.{n}".lstrip("."))]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now))
+        return [line for i, (old, new) in pairs for line in _differences(old, new, f"{key}[{i}]")]
     return [] if before == now else [f"{key} was {json.dumps(before)} and is {json.dumps(now)}"]
 
 

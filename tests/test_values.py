@@ -211,6 +211,21 @@ class TestFilesAsTheyWereWritten:
         found = training_data(data, tiny_tokenizer(), preferences=False, max_length=None)
         assert found.examples[0].written.text.endswith("yes</s>") and found.bad == [BadRow(2, "empty 'a'")]
 
+    @pytest.mark.parametrize("written", [None, b"null", b"[]", b"not json", b'{"info": {"features": []}}'])
+    def test_what_is_no_number_of_a_class_stays(self, tmp_path, written):
+        """Texts in the place of labels, as pyarrow leaves them under the features of before, and features of other forms."""
+        kinds = datasets.Features({"a": datasets.ClassLabel(names=["no", "yes"])})
+        table = datasets.Dataset.from_list([{"a": 1}], features=kinds).data.table
+        metadata = table.schema.metadata if written is None else {b"huggingface": written}
+        odd = {"_type": "x", "feature": "y", "names": "z"}
+        table = pyarrow.table({"a": ["new"], "b": [0.5], "odd": [odd]}).replace_schema_metadata(metadata)
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        assert read_documents([tmp_path / "a.parquet"], "x").rows == [{"a": "new", "b": 0.5, "odd": odd}]
+        kinds = datasets.Features({"odd": {name: datasets.Value("string") for name in odd}})
+        labeled = datasets.Dataset.from_list([{"odd": odd}], features=kinds)
+        pyarrow.parquet.write_table(labeled.data.table, tmp_path / "a.parquet")
+        assert read_documents([tmp_path / "a.parquet"], "x").rows == [{"odd": odd}]
+
     def test_whole_numbers_of_a_csv(self, tmp_path):
         (tmp_path / "a.csv").write_text("n,zip,big\n1,01,12345678901234567890\n-2,10,1\n")
         rows = read_documents([tmp_path / "a.csv"], "x").rows
@@ -376,6 +391,14 @@ def test_an_entry_is_data_by_the_kinds_that_are_read():
     assert set(DATA_FILES) == set(FILE_KINDS)  # named in the schema once more, which does not wait for their readers
 
 
+def test_columns_by_index_are_paired_by_it_and_a_conversation_is_no_companion_of_rows(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"q": {"0": "q0", "1": "q1"}, "a": {"1": "a1", "0": "a0"}}))
+    assert read_documents([tmp_path / "a.json"], "x").rows == [{"q": "q0", "a": "a0"}, {"q": "q1", "a": "a1"}]
+    (tmp_path / "a.json").write_text(json.dumps({"messages": CONVERSATION, "data": [{"x": 1}]}))
+    with pytest.raises(UserError, match="one object of lists of different lengths: messages 2, data 1"):
+        read_documents([tmp_path / "a.json"], "x")
+
+
 @pytest.mark.parametrize(
     "whole, reason",
     [
@@ -385,12 +408,12 @@ def test_an_entry_is_data_by_the_kinds_that_are_read():
         ),
         (
             {"train": ENTRIES, "test": ENTRIES},
-            "lists of rows under 'train' and 'test'; write one to a file of its own",
+            "lists of rows under 'train' and 'test'; write one to a file of its own, or columns as rows",
         ),
-        ({"id-1": ENTRIES[0], "id-2": ENTRIES[1]}, "2 objects, each under a key such as 'id-1'; write them as a list"),
+        ({"id-1": ENTRIES[0], "id-2": ENTRIES[1]}, "2 objects under keys such as 'id-1'; write the rows as a list"),
         (
             {"1": {"messages": CONVERSATION}, "2": {"messages": CONVERSATION}},
-            "2 objects, each under a key such as '1'",
+            "2 objects under keys such as '1'",
         ),
     ],
 )

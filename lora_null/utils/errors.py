@@ -88,14 +88,18 @@ def exit_status(command: Callable[[], int | None]) -> int:
 
 
 def launched_index() -> int:
-    """Return which of several processes a launcher has started this one as; a RANK without a WORLD_SIZE is a leftover."""
+    """Return which of several processes a launcher has started this one as, those that work apart from then on too.
+
+    A RANK without a WORLD_SIZE is a leftover.
+    """
+    if WORKER in os.environ:
+        return int(os.environ[WORKER])
     return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def _tell(message: str, head: str = "error: ") -> None:
     """Print a message once per machine: a mistake may be one machine's alone, as a file that is not there."""
-    first = launched_index() == 0 or os.environ.get("LOCAL_RANK") == "0"
-    if first and int(os.environ.get(WORKER, 0)) == 0:
+    if launched_index() == 0 or os.environ.get("LOCAL_RANK") == "0":
         tqdm.write(f"{head}{message}", file=sys.stderr)  # on a line of its own, whatever bar was running
 
 

@@ -46,7 +46,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         flush(path.parent)
     except (OSError, SafetensorError) as error:
-        error.filename = getattr(error, "filename", None) or str(path)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(error, SafetensorError) or (error.errno is not None and error.filename is None):
+            error.filename = str(path.absolute())  # pyright: ignore[reportAttributeAccessIssue]
         raise  # a failed write names no file by itself
     finally:
         temporary.unlink(missing_ok=True)
@@ -106,14 +107,15 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
         yield False
         return
     with held:
-        _held[folder.absolute()] = _file_of_lock(folder)
+        folder = folder.absolute()
+        _held[folder] = _file_of_lock(folder)
         try:
             yield True
         except Exception:
             check_held(folder)
             raise
         finally:
-            del _held[folder.absolute()]
+            del _held[folder]
 
 
 def check_held(path: Path) -> None:

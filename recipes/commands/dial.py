@@ -32,7 +32,6 @@ from lora_null.recipes.results import EVAL_FILE, MIN_ROWS
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_process, together
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import remove_parts
 
 logger = get_logger(__name__)
 
@@ -59,7 +58,6 @@ def run(arguments: argparse.Namespace) -> None:
     out = folder_for(source, arguments)
     if job.base.parent == out:
         on_first_process(lambda: _make_anew(job.base))
-    on_first_process(lambda: remove_parts(out))  # which a killed dial has left
     evaluate_base(job)
     model = load_adapted(source)
     found = measure_strengths(job, source.method, model, out, arguments.strengths)
