@@ -439,7 +439,7 @@ class LoraNullLinear(Linear):
             return result
         self.residual = self._known_residual.to(x.device)  # and it stays: DPO's reference asks for it in every step
         A, B, _ = self.residual
-        offset = nn.functional.linear(nn.functional.linear(x.to(A.dtype), A), B) * missing
+        offset = nn.functional.linear(_scaled(nn.functional.linear(x.to(A.dtype), A), missing), B)
         return (result + offset).to(result.dtype)  # rounded once, as `_plain_forward` does
 
     def _has_one_adapter(self, args: tuple, kwargs: dict[str, Any]) -> bool:

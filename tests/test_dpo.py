@@ -60,12 +60,14 @@ def test_at_step_0_policy_and_reference_are_the_original_model(tmp_path, config)
     assert torch.allclose(again, original, atol=0, rtol=1e-5)  # training moved the policy, not the reference
 
 
-@pytest.mark.parametrize("start", ["none", "residual"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_16_bit_policy_starts_at_its_reference(tmp_path, dtype, start):
-    """Both round what a residual base and its adapter give together once, so that rewards start at 0 in each step's dtype."""
-    config = LoraNullConfig(r=4, variant="v1") if start == "none" else LoraNullConfig(r=4, variant="nb", start=start)
-    trainer = make(tmp_path, config, model=tiny_model().to(dtype), max_steps=1)
+@pytest.mark.parametrize("form", [dict(variant="v1"), dict(variant="nb", start="residual")], ids=["v1", "nb"])
+@pytest.mark.parametrize(
+    "dtype, bf16", [("bfloat16", False), ("float16", False), ("bfloat16", True), ("float32", True)]
+)
+def test_a_16_bit_policy_starts_at_its_reference(tmp_path, dtype, bf16, form):
+    """Both compute and round what a residual base and its adapter give together alike, so that rewards start at 0."""
+    config = LoraNullConfig(r=4, lora_alpha=6, **form)
+    trainer = make(tmp_path, config, model=tiny_model().to(getattr(torch, dtype)), max_steps=1, bf16=bf16)
     trainer.train()
     assert logged(trainer, "rewards/chosen")[0] == logged(trainer, "rewards/rejected")[0] == 0
     assert logged(trainer, "loss")[0] == pytest.approx(0.693147, abs=1e-6)

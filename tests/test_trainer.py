@@ -31,6 +31,8 @@ LABELED = Dataset.from_dict({"prompt": ["a"] * 4, "completion": [0, 1, 1, 0]}).c
 
 
 TALKS = Dataset.from_list([{"messages": [user("a"), assistant("b")]}] * 4)
+TURNS = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+FROM_VALUE = Dataset.from_list([{"conversations": TURNS}] * 4)
 
 
 def make(
@@ -88,6 +90,11 @@ def test_a_second_training_tells_what_its_optimizer_keeps(tmp_path, caplog):
     trainer.optimizer = None
     trainer.train()
     assert trainer.state.log_history[0]["learning_rate"] == 1e-3 and caplog.text.count("goes on with") == 1
+    trainer.args.weight_decay = 0.5
+    for _ in range(2):  # it is not read in the third one either
+        caplog.clear()
+        trainer.train()
+        assert "weight_decay: the optimizer of the first training goes on with 0.0, not with 0.5" in caplog.text
     for layer in adapted_layers(trainer.model).values():
         A, N = layer.lora_A["default"].weight.detach().double(), layer.bases["default"].vectors.double()
         assert (A - A @ N @ N.pinverse()).norm() < 1e-5 * A.norm()
@@ -390,7 +397,7 @@ def test_rows_of_which_no_text_can_be_learned_are_one_line(rows, said, tmp_path)
         (ROWS, ["eos_token"], "processing_class: has no end token to write behind a text; set its eos_token"),
         (PAIRS.to_iterable_dataset(), ["eos_token"], "processing_class: has no end token"),
         (TALKS, ["eos_token", "pad_token"], "train_dataset: holds conversations, and processing_class has no chat template"),
-        (TALKS.rename_column("messages", "conversations"), [], "train_dataset: holds conversations"),
+        (FROM_VALUE, [], "train_dataset: holds conversations"),
         (Dataset.from_dict({"chosen": TALKS["messages"], "rejected": TALKS["messages"]}), [], "holds conversations"),
         (Dataset.from_dict({"input_ids": [[5, 6]] * 4}), ["eos_token", "pad_token"], "has no token to pad with"),
         (Dataset.from_dict({"input_ids": [[5, 6]] * 4}), ["eos_token"], None),
@@ -411,6 +418,33 @@ def test_what_a_tokenizer_lacks_to_write_the_rows_is_one_line_before_a_model_loa
             peft_config=LoraNullConfig(r=4),
             calibration_dataset=TEXTS,
         )
+
+
+SAID = [user("a"), assistant("b")]
+READ_AS_TEXT = {  # rows whose other columns TRL does not read
+    "a count of messages": {"text": "a b", "messages": 2},
+    "no completion": {"text": "a b", "completion": None},
+    "a number beside": {"text": "a b", "completion": 3},
+    "prepared conversations": {"text": "a b", "conversations": SAID},
+    "preferences": {"prompt": "a", "chosen": "b", "rejected": "c", "conversations": SAID},
+    "a template of its own": {
+        "messages": SAID,
+        "chat_template_kwargs": {"chat_template": "{{ messages[0].content }}"},
+    },
+}
+
+
+@pytest.mark.parametrize("row", READ_AS_TEXT.values(), ids=READ_AS_TEXT)
+def test_columns_that_are_not_read_are_not_checked(row, tmp_path):
+    kind, args = (LoraNullDPOTrainer, DPOConfig) if "chosen" in row else (LoraNullSFTTrainer, SFTConfig)
+    kind(
+        model=tiny_model(),
+        args=args(**quick(tmp_path)),
+        train_dataset=Dataset.from_list([row] * 4),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraNullConfig(r=4),
+        calibration_dataset=TEXTS,
+    )
 
 
 def test_layers_without_a_list_of_targets_are_one_line():

@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, speed
 from lora_null.adapters.plain import CONFIG_FILE, check_saved_adapter, copy_into
 from lora_null.layer import active_adapter, adapted_layers, residual_of
 from lora_null.utils.distributed import get_logger
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import flush, read_json, write_json
 from lora_null.utils.model_state import replaced
 from lora_null.utils.sharding import parameters_are_sharded, reshard, whole_parameters, without_checkpointing
@@ -375,7 +375,8 @@ class SavingMixin(Base):
         adapted = adapted_layers(self.model, self.adapter_name) if isinstance(self.model, PeftModel) else {}
         residual = any(residual_of(layer, self.adapter_name) for layer in adapted.values())
         with contextlib.ExitStack() as stack:
-            if residual and not self.is_fsdp_enabled and isinstance(adam := bare(self.optimizer), torch.optim.Adam):
+            by_engine = self.is_fsdp_enabled or self.is_deepspeed_enabled  # which loads it without asking us
+            if residual and not by_engine and isinstance(adam := bare(self.optimizer), torch.optim.Adam):
                 hook = adam.register_state_dict_post_hook(lambda _, state: state["param_groups"].append(OF_RANK_R))
                 stack.callback(hook.remove)
             super()._save_optimizer_and_scheduler(output_dir)
@@ -387,7 +388,11 @@ class SavingMixin(Base):
         with contextlib.ExitStack() as stack:
             if isinstance(adam := bare(self.optimizer), torch.optim.Adam):
                 stack.callback(adam.register_load_state_dict_pre_hook(_without_mark).remove)
-            super()._load_optimizer_and_scheduler(checkpoint)
+            try:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            except ValueError as error:
+                reason = f"the optimizer in {checkpoint} is another than this run's ({first_line(error)})"
+                raise UserError(f"resume: {reason}; give the same optim") from error
         _check_moments(adam, checkpoint)
         told = set()
         for group, wanted in zip(getattr(self.optimizer, "param_groups", ()), asked):

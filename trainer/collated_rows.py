@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import has_length
+from trl.data_utils import is_conversational, is_conversational_from_value
 
 from lora_null.trainer.calibration_data import check_no_labels
 from lora_null.trainer.preflight import Mode, raise_or_warn
@@ -20,20 +21,19 @@ from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit, position_limit
 from lora_null.utils.model_state import preserve
 from lora_null.utils.tokens import end_ids, tokenizer_of
-from lora_null.utils.values import is_conversation
 
 logger = get_logger(__name__)
 
 FIRST_LOOK, SECOND_LOOK = 64, 4096  # rows: enough where all is well; before anything is called missing
 
 
-def check_rows_given(name: str, rows: Any, fields: Collection[str] = ()) -> None:
+def check_rows_given(name: str, rows: Any, texts_read: Callable[[Collection[str]], Collection[str]]) -> None:
     """Raise a UserError, before a model loads, for rows that are no data set, for none, or for numbers in place of texts.
 
     Args:
         name: of the argument.
         rows: a data set, or several by name; None where none is given.
-        fields: what the trainer reads as texts or messages, where the rows have it.
+        texts_read: of the columns, those that the trainer reads as texts.
     """
     for key, one in rows.items() if isinstance(rows, dict) else [("", rows)]:
         where = f"{name}[{key!r}]" if key else name
@@ -42,7 +42,7 @@ def check_rows_given(name: str, rows: Any, fields: Collection[str] = ()) -> None
         if isinstance(one, Sized) and not len(one):
             raise UserError(f"{where}: holds no row")
         features = getattr(one, "features", None) or {}
-        for field in () if "input_ids" in features else fields:
+        for field in () if "input_ids" in features else texts_read(features):
             feature = features.get(field)
             check_no_labels(feature, f"{where}: {field!r}")
             if isinstance(feature, datasets.Value) and "string" not in feature.dtype:
@@ -50,16 +50,16 @@ def check_rows_given(name: str, rows: Any, fields: Collection[str] = ()) -> None
                 raise UserError(f"{where}: {field!r} is {feature.dtype}, not text; {cure}")
 
 
-def check_can_write(given: Mapping[str, Any], fields: Collection[str]) -> None:
+def check_can_write(given: Mapping[str, Any]) -> None:
     """Raise a UserError for rows that a tokenizer lacks something to write: a chat template, an end token, one to pad with.
 
     Args:
         given: the trainer's arguments, by name; the tokenizer may be unknown yet.
-        fields: what the trainer reads as texts or messages; nothing where the rows are prepared already.
     """
     args, tokenizer = given.get("args"), tokenizer_of(given.get("processing_class"))
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not fields:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
+    own_way = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
     end = getattr(args, "eos_token", None) or tokenizer.eos_token
     for name in ("train_dataset", "eval_dataset"):
         rows = given.get(name)
@@ -67,11 +67,12 @@ def check_can_write(given: Mapping[str, Any], fields: Collection[str]) -> None:
             first = next(iter(one), None) if isinstance(one, Iterable) else None
             if not isinstance(first, Mapping) or "input_ids" in first:
                 continue
-            said = [first.get(field) for field in (*fields, "conversations")]
-            if not any(is_conversation(value) for value in said if not isinstance(value, str)):
+            template = (first.get("chat_template_kwargs") or {}).get("chat_template") or own_way
+            template = template or tokenizer.chat_template or getattr(args, "chat_template_path", None)
+            if not is_conversational(first) and not ("chosen" not in first and is_conversational_from_value(first)):
                 if end is None:
                     raise UserError("processing_class: has no end token to write behind a text; set its eos_token")
-            elif not tokenizer.chat_template and not getattr(args, "chat_template_path", None):
+            elif not template:
                 raise UserError(
                     f"{name}: holds conversations, and processing_class has no chat template; set its chat_template"
                 )

@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,7 +180,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         given = arguments_by_name(type(self), LoraNullMixin, args, kwargs)
         if isinstance(given.get("model"), os.PathLike):
             given["model"] = os.fspath(given["model"])
-        if self.fields_read(given):
+        if self.texts_read(given):
             given["processing_class"] = processing_class_of(given)
         start = {"calibration_dataset": calibration_dataset, "calibration_args": calibration_args}
         start |= {"init_options": init_options, "init_folder": init_folder, "reuse_init": reuse_init or None}
@@ -250,8 +250,9 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
             )
         check_unadapted(model)
         for name in ("train_dataset", "eval_dataset"):
-            check_rows_given(name, given.get(name), self.fields_read(given))
-        check_can_write(given, self.fields_read(given))
+            check_rows_given(name, given.get(name), functools.partial(self.texts_read, given))
+        if self.texts_read(given):
+            check_can_write(given)
         texts = start["calibration_dataset"] is not None
         if isinstance(peft_config, LoraNullConfig) and not texts and start["init_folder"] is None:
             raise UserError(
@@ -278,8 +279,8 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         if has_reference(type(self), args):
             check_reference(given, takes_it="ref_model" in inspect.signature(super().__init__).parameters)
 
-    def fields_read(self, given: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return which fields of a row the parent trainer writes as texts; none where others prepare them, or nobody knows."""
+    def texts_read(self, given: Mapping[str, Any], columns: Collection[str] = ()) -> tuple[str, ...]:
+        """Return which columns the parent trainer reads as texts; none where others prepare them, or nobody knows."""
         return ()
 
     def _construct(self, given: dict[str, Any]) -> None:
@@ -326,6 +327,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         if self._already_trained:
             check_basis(self.model, self.adapter_name)
         self._given_optimizer, self._made_optimizer = (optimizers or (None,))[0], None
+        self._made_with = {}
         if self._given_optimizer is not None:
             self._check_own_optimizer(self._given_optimizer)
 

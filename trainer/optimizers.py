@@ -22,8 +22,7 @@ from lora_null.utils.errors import UserError, first_line
 
 logger = get_logger(__name__)
 
-# Training arguments that an optimizer keeps as it was made with them.
-KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+KEPT = ("learning_rate", "weight_decay")  # training arguments that an optimizer keeps as it was made with them
 
 
 def named_optimizer(
@@ -36,9 +35,10 @@ def named_optimizer(
     Raises:
         UserError: Transformers cannot make it here, as where its package is missing.
     """
-    plain = copy.copy(args)
+    plain, name = copy.copy(args), optimizer_name(args, None, None)
     try:
-        plain.optim = OptimizerNames(optimizer_name(args, None, None).removesuffix("_layerwise"))
+        if name.endswith("_layerwise"):
+            plain.optim = OptimizerNames(name.removesuffix("_layerwise"))
         return make(plain, model)
     except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"optim: {first_line(error)}") from error
@@ -49,7 +49,7 @@ class OptimizerMixin(SavingMixin):
 
     Attributes:
         _given_optimizer, _made_optimizer: the user's, and the one that the trainer has made; None for none.
-        _made_with: the training arguments that the latter keeps, by name, as they were then.
+        _made_with: the training arguments that the latter keeps, by name, as they were then; none where it was given.
         _asked_to_start: the trainer's `decay_to_start`.
     """
 
@@ -121,13 +121,16 @@ class OptimizerMixin(SavingMixin):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent trainer; it is remembered as the trainer's own."""
+        makes_it = self.optimizer is None  # transformers asks again for a second training
         self._made_optimizer = super().create_optimizer(*args, **kwargs)
-        self._made_with = {key: getattr(self.args, key) for key in KEPT}
+        if makes_it:
+            from_args = self.optimizer_cls_and_kwargs is None
+            self._made_with = {key: getattr(self.args, key) for key in KEPT if from_args}
         return self._made_optimizer
 
     def _tell_of_changed_settings(self) -> None:
-        """Say what was changed in the arguments since the optimizer was made, which goes on with what it had."""
-        of_trainer = self._made_optimizer is not None and bare(self.optimizer) is self._made_optimizer
+        """Say what was changed in the arguments since the optimizer was made of them, which goes on with what it had."""
+        of_trainer = self.optimizer is not None and bare(self.optimizer) is bare(self._made_optimizer)
         for key, held in self._made_with.items() if of_trainer else ():
             if getattr(self.args, key) != held:
                 logger.warning(

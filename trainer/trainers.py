@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,13 +29,13 @@ class LoraNullSFTTrainer(LoraNullMixin, SFTTrainer):
 
     learns_next_token = True
 
-    def fields_read(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+    def texts_read(self, given: Mapping[str, Any], columns: Collection[str] = ()) -> tuple[str, ...]:
         args = given.get("args")
-        if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+        prepared = (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
+        if prepared or given.get("formatting_func") or {"messages", "conversations"} & {*columns}:
             return ()
         text = getattr(args, "dataset_text_field", SFTConfig.dataset_text_field)
-        written = () if given.get("formatting_func") else (text,)  # else by a function of the user's
-        return "prompt", "completion", "messages", *written
+        return ("prompt", "completion", text) if "prompt" in columns else (text,)
 
 
 class LoraNullDPOTrainer(LoraNullMixin, DPOTrainer):
@@ -61,7 +61,7 @@ class LoraNullDPOTrainer(LoraNullMixin, DPOTrainer):
     learns_pairs = True
     nothing_learned = "chosen and rejected are equal, or only their prompts are left of them,"
 
-    def fields_read(self, given: Mapping[str, Any]) -> tuple[str, ...]:
+    def texts_read(self, given: Mapping[str, Any], columns: Collection[str] = ()) -> tuple[str, ...]:
         return "prompt", "chosen", "rejected"
 
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:
