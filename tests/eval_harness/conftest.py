@@ -49,12 +49,11 @@ def pairs():
     return [(f"Q: {'why ' * i}?\nA:", f" {'because ' * (i % 3)}{i}") for i in range(1, 8)]
 
 
-@pytest.fixture
-def write(tmp_path):
-    """Write rows as a jsonl file and return its path."""
+def writer(folder):
+    """Return a function that writes rows as a jsonl file of the folder and returns its path."""
 
     def write_rows(name, rows):
-        path = tmp_path / name
+        path = folder / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(path)
 
@@ -62,23 +61,36 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def nq_file(write):
-    return write("nq.jsonl", [{"question": f"who is number {i}", "answer": [f"n{i}", f"m{i}"]} for i in range(7)])
+def write(tmp_path):
+    return writer(tmp_path)
 
 
-@pytest.fixture
-def sciq_file(write):
+@pytest.fixture(scope="session")
+def write_once(tmp_path_factory):
+    """As `write`, for files that several tests read."""
+    return writer(tmp_path_factory.mktemp("documents"))
+
+
+@pytest.fixture(scope="session")
+def nq_file(write_once):
+    return write_once("nq.jsonl", [{"question": f"who is number {i}", "answer": [f"n{i}", f"m{i}"]} for i in range(7)])
+
+
+@pytest.fixture(scope="session")
+def sciq_file(write_once):
     rows = [
         {"question": f"what is {i}", "support": f"it is {i * i}", "correct_answer": f"{'c' * (i % 4)}{i}"}
         | {f"distractor{k}": f"{'d' * k}{i}" for k in (1, 2, 3)}
         for i in range(9)
     ]
-    return write("sciq.jsonl", rows)
+    return write_once("sciq.jsonl", rows)
 
 
-@pytest.fixture
-def lambada_file(write):
-    return write("lambada.jsonl", [{"text": f"a short text {i} ends in word{i}", "domain": None} for i in range(6)])
+@pytest.fixture(scope="session")
+def lambada_file(write_once):
+    return write_once(
+        "lambada.jsonl", [{"text": f"a short text {i} ends in word{i}", "domain": None} for i in range(6)]
+    )
 
 
 @pytest.fixture(scope="session")

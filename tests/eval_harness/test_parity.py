@@ -22,14 +22,14 @@ TASKS = Path(lm_eval.tasks.__file__).parent
 BATCH_SIZE = 4
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model_and_tokenizer(saved):
     base = AutoModelForCausalLM.from_pretrained(saved / "model", dtype=torch.float32)
     return PeftModel.from_pretrained(base, saved / "adapter"), AutoTokenizer.from_pretrained(saved / "model")
 
 
-@pytest.fixture
-def half_right_nq(write, model_and_tokenizer):
+@pytest.fixture(scope="module")
+def half_right_nq(write_once, model_and_tokenizer):
     """Questions of which the model answers about half exactly right: their answers are its own."""
     from lm_eval.api.instance import Instance
 
@@ -42,7 +42,7 @@ def half_right_nq(write, model_and_tokenizer):
     rows = [
         {"question": q, "answer": [a.strip() if i % 2 else "no"]} for i, (q, a) in enumerate(zip(questions, answers))
     ]
-    return write("half.jsonl", rows)
+    return write_once("half.jsonl", rows)
 
 
 def run_lm_eval(saved, folder, files, *options):
@@ -77,13 +77,47 @@ def run_lm_eval(saved, folder, files, *options):
     return json.loads(results.read_text())["results"]
 
 
-def test_values_equal_the_command_line(saved, tmp_path, model_and_tokenizer, half_right_nq, sciq_file, lambada_file):
+@pytest.fixture(scope="module")
+def documents(write_once):
+    """GSM8K, and HumanEval with comments that the model goes on with: harmless until it starts another line, so about half of
+    them pass."""
+    rows = [
+        {
+            "task_id": str(i),
+            "prompt": f"def f():\n    return {i}\n# {'why ' * i}",
+            "entry_point": "f",
+            "test": f"def check(f):\n    assert f() == {i}\n",
+        }
+        for i in range(8)
+    ]
+    gsm = write_once("gsm.jsonl", [{"question": f"what is {i}?", "answer": f"#### {i}"} for i in range(4)])
+    return gsm, write_once("code.jsonl", rows)
+
+
+def lacks_jail():
+    """Return why the command has no consent to run programs here, None where it has."""
+    try:
+        find_jail()
+    except UserError as error:
+        return str(error).partition("; eval.code")[0]
+
+
+@pytest.fixture(scope="module")
+def expected(saved, tmp_path_factory, half_right_nq, sciq_file, lambada_file, documents):
+    """What one call of the command says of all tasks: it reads 14,000 task files before it begins."""
     files = {
         "my_nq": ("nq_open/nq_open.yaml", ["train", "validation"], half_right_nq),
         "my_sciq": ("sciq/sciq.yaml", ["train", "validation", "test"], sciq_file),
         "my_lambada": ("lambada/lambada_openai.yaml", ["test"], lambada_file),
+        "my_gsm8k": (TASK_FILES / "math" / "metamath_gsm8k.yaml", ["test"], documents[0]),
     }
-    expected = run_lm_eval(saved, tmp_path, files)
+    if not lacks_jail():
+        code = TASK_FILES / "code" / "sandbox_humaneval_completion.yaml"
+        files["my_humaneval"] = (code, ["test"], documents[1])
+    return run_lm_eval(saved, tmp_path_factory.mktemp("lm_eval"), files, "--confirm_run_unsafe_code")
+
+
+def test_values_equal_the_command_line(expected, model_and_tokenizer, half_right_nq, sciq_file, lambada_file):
     ours = evaluate(
         *model_and_tokenizer,
         [
@@ -119,28 +153,10 @@ def test_the_noise_of_a_perplexity_is_none_of_its_documents(model_and_tokenizer,
     assert set(found.samples) == set(found.metrics) and set(found.noise) == {"lambada_openai/acc"}
 
 
-def test_our_task_files_run_through_the_command(saved, tmp_path, model_and_tokenizer, write):
-    """Comments that the model goes on with: harmless until it starts another line, so about half of them pass."""
-    try:
-        find_jail()
-    except UserError as error:  # the command has no consent to run programs without one
-        pytest.skip(str(error).partition("; eval.code")[0])
-    rows = [
-        {
-            "task_id": str(i),
-            "prompt": f"def f():\n    return {i}\n# {'why ' * i}",
-            "entry_point": "f",
-            "test": f"def check(f):\n    assert f() == {i}\n",
-        }
-        for i in range(8)
-    ]
-    gsm = write("gsm.jsonl", [{"question": f"what is {i}?", "answer": f"#### {i}"} for i in range(4)])
-    code = write("code.jsonl", rows)
-    files = {
-        "my_gsm8k": (TASK_FILES / "math" / "metamath_gsm8k.yaml", ["test"], gsm),
-        "my_humaneval": (TASK_FILES / "code" / "sandbox_humaneval_completion.yaml", ["test"], code),
-    }
-    expected = run_lm_eval(saved, tmp_path, files, "--confirm_run_unsafe_code")
+def test_our_task_files_run_through_the_command(expected, model_and_tokenizer, documents):
+    if reason := lacks_jail():
+        pytest.skip(reason)
+    gsm, code = documents
     tasks = [
         LmEvalTask("metamath_gsm8k", path=gsm),
         LmEvalTask("sandbox_humaneval_completion", path=code, name="humaneval", confirm_run_unsafe_code=True),
