@@ -28,7 +28,9 @@ def capture_inputs(model, names, batches):
 
 def null_space(X, r):
     """Return the r left singular vectors of X with the smallest singular values (paper, section 3.3)."""
-    U, _, _ = np.linalg.svd(X, full_matrices=X.shape[1] < X.shape[0])  # else it is square as it is
+    if X.shape[1] > X.shape[0]:  # X = R Q: R has the same left singular vectors, in half the time
+        X = np.linalg.qr(X.T, mode="r").T
+    U, _, _ = np.linalg.svd(X)
     return U[:, -r:]
 
 

@@ -1,6 +1,7 @@
 """Two processes share the work and report what one process reports."""
 
 import json
+from pathlib import Path
 
 import pytest
 import two_processes
@@ -20,8 +21,8 @@ def folder(saved, tmp_path, pairs, nq_file, sciq_file, write):
     }
     write("code.jsonl", [asked | {"prompt": f"def one():\n    return {i}  #"} for i in (1, 2)])
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    for name in ("model", "adapter"):
-        (tmp_path / name).symlink_to(saved / name)
+    for path in (saved / "model", saved / "adapter", Path(nq_file), Path(sciq_file)):
+        (tmp_path / path.name).symlink_to(path)
     return tmp_path
 
 
