@@ -4,6 +4,7 @@ import math
 import os
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -248,7 +249,8 @@ def test_an_optimizer_of_deepspeeds_own_configuration_has_no_groups(monkeypatch)
     stand_in = object()
     monkeypatch.setattr("transformers.Trainer.create_optimizer", lambda *_, **__: stand_in)
     trainer = LoraNullSFTTrainer.__new__(LoraNullSFTTrainer)
-    trainer._weights = None
+    trainer._weights = trainer.optimizer = trainer.optimizer_cls_and_kwargs = None
+    trainer.args = SimpleNamespace(learning_rate=1e-3, weight_decay=0.0)
     assert trainer.create_optimizer() is stand_in
 
 
