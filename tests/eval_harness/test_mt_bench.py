@@ -217,8 +217,12 @@ def test_ctrl_c_keeps_the_grades_of_the_requests_under_way(tmp_path, caplog, mon
         answer(stub, handler)
 
     monkeypatch.setattr(Stub, "answer", interrupted)
-    with serving((200, "[[5]]")) as stub, pytest.raises(KeyboardInterrupt):
-        grade(stub, tmp_path, parallel=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which the workers of pytest-xdist ignore
+    try:
+        with serving((200, "[[5]]")) as stub, pytest.raises(KeyboardInterrupt):
+            grade(stub, tmp_path, parallel=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert said in caplog.text and [line["score"] for line in lines(tmp_path / "j.jsonl")] == [5]
 
 
