@@ -111,12 +111,9 @@ def read_documents(
 def _parquet_rows(path: Path, label_names: bool) -> list[dict[str, Any]]:
     table = pyarrow.parquet.ParquetFile(path).read()
     _check_distinct(table.column_names)
-    features: Any = None
-    if label_names and (
-        written := (table.schema.metadata or {}).get(b"huggingface")
-    ):  # by `datasets`, about the columns
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # by somebody else, of another form
-            features = json.loads(written)["info"]["features"]
+    features = None
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # none, or by somebody else than `datasets`
+        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"] if label_names else None
     return from_arrow(table.to_pylist(), features if isinstance(features, dict) else {})
 
 
@@ -145,16 +142,16 @@ def from_arrow(rows: Iterable[Mapping[str, Any]], features: Mapping[str, Any] = 
 
 
 def _as_meant(value: Any, feature: Any) -> Any:
+    """Return a value by its part of the features: those of a struct by name, or an object whose `_type` is a text."""
     if isinstance(feature, list) and feature:  # as earlier versions of `datasets` wrote a list
         feature = {"_type": "List", "feature": feature[0]}
     feature = feature if isinstance(feature, dict) else {}
-    if isinstance(value, dict | list) and isinstance(feature.get("_type"), str):
-        feature = feature.get("feature", feature)
-        feature = feature if isinstance(feature, dict) else {}
-    if isinstance(value, dict):
-        return {key: _as_meant(inner, feature.get(key)) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_as_meant(inner, feature) for inner in value]
+    if isinstance(value, dict | list):
+        held = feature.get("feature", feature) if isinstance(feature.get("_type"), str) else feature
+        if isinstance(value, list):
+            return [_as_meant(inner, held) for inner in value]
+        of_key = held if isinstance(held, dict) else {}
+        return {key: _as_meant(inner, of_key.get(key)) for key, inner in value.items() if inner is not None}
     if feature.get("_type") != "ClassLabel" or not isinstance(value, int):  # replaced since, by texts
         return value
     return feature["names"][value] if value in range(len(feature["names"])) else None

@@ -211,6 +211,20 @@ class TestFilesAsTheyWereWritten:
         found = training_data(data, tiny_tokenizer(), preferences=False, max_length=None)
         assert found.examples[0].written.text.endswith("yes</s>") and found.bad == [BadRow(2, "empty 'a'")]
 
+    def test_class_labels_in_lists_as_earlier_versions_described_them(self, tmp_path):
+        label = {"names": ["no", "yes"], "_type": "ClassLabel"}
+        features = {
+            "one": [label],
+            "two": [[label]],
+            "rows": [{"x": label}],
+            "old": {"feature": {"x": label}, "_type": "Sequence"},
+        }
+        rows = {"one": [[1]], "two": [[[1, 0], [0]]], "rows": [[{"x": 1}]], "old": [{"x": [0, 1]}]}
+        metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+        pyarrow.parquet.write_table(pyarrow.table(rows).replace_schema_metadata(metadata), tmp_path / "a.parquet")
+        named = {"one": ["yes"], "two": [["yes", "no"], ["no"]], "rows": [{"x": "yes"}], "old": {"x": ["no", "yes"]}}
+        assert read_documents([tmp_path / "a.parquet"], "x").rows == [named]
+
     @pytest.mark.parametrize("written", [None, b"null", b"[]", b"not json", b'{"info": {"features": []}}'])
     def test_what_is_no_number_of_a_class_stays(self, tmp_path, written):
         """Texts in the place of labels, as pyarrow leaves them under the features of before, and features of other forms."""

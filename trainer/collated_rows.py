@@ -60,6 +60,7 @@ def check_can_write(given: Mapping[str, Any]) -> None:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
     own_way = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+    template = own_way or tokenizer.chat_template or getattr(args, "chat_template_path", None)
     end = getattr(args, "eos_token", None) or tokenizer.eos_token
     for name in ("train_dataset", "eval_dataset"):
         rows = given.get(name)
@@ -67,12 +68,10 @@ def check_can_write(given: Mapping[str, Any]) -> None:
             first = next(iter(one), None) if isinstance(one, Iterable) else None
             if not isinstance(first, Mapping) or "input_ids" in first:
                 continue
-            template = (first.get("chat_template_kwargs") or {}).get("chat_template") or own_way
-            template = template or tokenizer.chat_template or getattr(args, "chat_template_path", None)
-            if not is_conversational(first) and not ("chosen" not in first and is_conversational_from_value(first)):
+            if not is_conversational(first) and ("chosen" in first or not is_conversational_from_value(first)):
                 if end is None:
                     raise UserError("processing_class: has no end token to write behind a text; set its eos_token")
-            elif not template:
+            elif not (template or (first.get("chat_template_kwargs") or {}).get("chat_template")):
                 raise UserError(
                     f"{name}: holds conversations, and processing_class has no chat template; set its chat_template"
                 )

@@ -22,8 +22,6 @@ from lora_null.utils.errors import UserError, first_line
 
 logger = get_logger(__name__)
 
-KEPT = ("learning_rate", "weight_decay")  # training arguments that an optimizer keeps as it was made with them
-
 
 def named_optimizer(
     args: TrainingArguments, model: nn.Module, make: Callable[..., Any] = Trainer.get_optimizer_cls_and_kwargs
@@ -124,8 +122,8 @@ class OptimizerMixin(SavingMixin):
         makes_it = self.optimizer is None  # transformers asks again for a second training
         self._made_optimizer = super().create_optimizer(*args, **kwargs)
         if makes_it:
-            from_args = self.optimizer_cls_and_kwargs is None
-            self._made_with = {key: getattr(self.args, key) for key in KEPT if from_args}
+            read = ("learning_rate", "weight_decay") if self.optimizer_cls_and_kwargs is None else ()
+            self._made_with = {key: getattr(self.args, key) for key in read}
         return self._made_optimizer
 
     def _tell_of_changed_settings(self) -> None:
