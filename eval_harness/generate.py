@@ -133,7 +133,7 @@ def generate_rows(
         if not going:
             break
         if len(going) < len(rows):
-            kept = torch.tensor(going, device=ids.device)
+            kept = torch.tensor(going)  # on the CPU, as layers of the cache may be on several devices
             cache.batch_select_indices(kept)
             rows, tokens, mask, positions = [rows[i] for i in going], tokens[kept], mask[kept], positions[kept]
         ids, positions = tokens[:, None], positions[:, -1:] + 1

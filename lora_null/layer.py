@@ -380,6 +380,13 @@ class LoraNullLinear(Linear):
             raise RuntimeError("the base carries no residual")
         return self.residual
 
+    def _apply(self, *args: Any, **kwargs: Any) -> LoraNullLinear:
+        """Move or cast as PyTorch does; the residual stays as exact as it is, and waits on the CPU again."""
+        super()._apply(*args, **kwargs)
+        if self.residual is not None:
+            self.residual = self.residual.to(torch.device("cpu"))
+        return self
+
     def restore_base(self) -> None:
         """Put s·B0A0 back into the base: W0 to the rounding of its dtype. Without a residual, do nothing."""
         if self.residual is not None:

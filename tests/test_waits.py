@@ -1,5 +1,7 @@
 """What makes a CPU wait for its GPU, counted on a pretended one: a few numbers a layer, nothing a batch."""
 
+from types import SimpleNamespace
+
 import oracle
 import pytest
 import torch
@@ -17,6 +19,7 @@ from lora_null.layer import adapted_layers
 from lora_null.layerwise import walk_layers
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models.bases import open_base
+from lora_null.utils.distributed import device_of
 
 EAGER = {"attn_implementation": "eager"}
 
@@ -70,6 +73,25 @@ def test_layers_run_on_an_accelerator_that_does_not_hold_the_model(tmp_path):
             A = adapted_layers(model)[line.name].lora_A["default"].weight
             assert A.device.type == "cpu"
             assert oracle.leak(A.detach().numpy(), X[line.name]) == pytest.approx(line.leakage, rel=1e-3, abs=1e-6)
+
+
+def test_a_residual_leaves_the_accelerator_with_its_model():
+    model = get_peft_model(tiny_model(**EAGER).eval(), LoraNullConfig(r=4, variant="v1", exclude_modules=["lm_head"]))
+    start_adapter(model, few(2), InitOptions(min_tokens=1, progress=False))
+    residuals = {name: layer.residual for name, layer in adapted_layers(model).items()}
+    with Accelerator(), torch.no_grad():
+        for layer in adapted_layers(moved(model)).values():
+            layer.residual = layer.residual.to(DEVICE)
+        model.to("cpu")
+    for name, layer in adapted_layers(model).items():
+        assert layer.residual.A.device.type == "cpu" and torch.equal(layer.residual.A, residuals[name].A)
+
+
+def test_a_model_whose_pieces_wait_on_the_cpu_computes_where_its_mesh_is():
+    model = nn.Linear(2, 2)
+    assert device_of(model).type == "cpu"
+    model.weight.device_mesh = SimpleNamespace(device_type="meta")  # as FSDP2's DTensor has one, under CPU offload
+    assert device_of(model).type == "meta"
 
 
 @pytest.mark.parametrize("of", ["factors", "weights"])

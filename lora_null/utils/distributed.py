@@ -165,5 +165,7 @@ def merge_shares(compute: Callable[[], dict[Hashable, Any]]) -> dict[Hashable, A
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a module's first parameter."""
-    return next(model.parameters()).device
+    """Return the device where a module computes: of its first parameter, or, where FSDP2 keeps the pieces on the CPU, of the mesh."""
+    first = next(model.parameters())
+    mesh = getattr(first, "device_mesh", None)
+    return first.device if mesh is None else torch.empty(0, device=mesh.device_type).device

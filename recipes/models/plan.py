@@ -188,8 +188,9 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
             max_lora_rank(widest, name)
         saved = sum(widest * (layer.in_features + layer.out_features) for layer in layers.values())
         to_start = bool(recipe.training.get("weight_decay")) and section.decay_to_start is not False
-        if starts_from_residual(adapter_config(section, method, rank)) and (recipe.model.quantization or to_start):
-            held *= 2  # the residual: a second path there, and where decay goes to
+        asked = recipe.model.quantization or to_start or recipe.trainer == "dpo"
+        if starts_from_residual(adapter_config(section, method, rank)) and asked:
+            held *= 2  # the residual: a second path there, where decay goes to, and what DPO's reference adds
     kept = method.held_bytes(model)
     return MethodPlan(
         name=name,

@@ -264,7 +264,7 @@ class Trainee:
         self.setting = setting
         self.model = build(contender, setting, dtype)
         if setting.compiled:
-            self.model.compile()
+            self.model.compile(dynamic=False)
         self.rank = setting.rank
         if contender != "full":
             self.rank = next(iter(adapted_layers(self.model).values())).r["default"]

@@ -77,7 +77,21 @@ def test_factors_against_the_float64_oracle(dtype, slack):
         assert (outside**2).sum() <= (slack - 1) * (A**2).sum(), name  # A lies in the oracle's null space
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.fixture
+def products(request):
+    """How the user has float32 products computed, which Grams are not."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, request.param
+    yield
+    matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize(
+    "dtype, products",
+    [(torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")],
+    indirect=["products"],
+)
 def test_grams_catch_what_float64_catches(dtype):
     """Channels with a mean and of falling size, where sums that are cut off would lose the small directions."""
     d, r, generator = 512, 16, torch.Generator().manual_seed(0)

@@ -81,11 +81,11 @@ class RoseLoRA(Method):
 def top_mask(scores: torch.Tensor, fraction: float, dim: int) -> torch.Tensor:
     """Return where `scores` is among the largest along `dim`: exactly max(1, round(fraction · n)) of each n.
 
-    Ties go to the lower position. Linear time: the k-th value, then the first of those equal to it.
+    Ties go to the lower position: the least value kept, then the first of those equal to it.
     """
     n = scores.shape[dim]
     keep = max(1, round(fraction * n))
-    least = scores.kthvalue(n - keep + 1, dim=dim, keepdim=True).values
+    least = scores.topk(keep, dim=dim).values.narrow(dim, keep - 1, 1)  # kthvalue is not deterministic on CUDA
     above, equal = scores > least, scores == least
     missing = keep - above.sum(dim=dim, keepdim=True)
     return above | (equal & (equal.cumsum(dim=dim) <= missing))
