@@ -30,7 +30,15 @@ from lora_null.batches import (
     pieces,
     token_batches,
 )
-from lora_null.calibration import Calibration, InputMeter, LoadBalance, measure_inputs, measuring, sum_over_processes
+from lora_null.calibration import (
+    Calibration,
+    InputMeter,
+    InputStats,
+    LoadBalance,
+    measure_inputs,
+    measuring,
+    sum_over_processes,
+)
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.utils.distributed import device_of, get_logger, is_first_process, processes_here, together
 from lora_null.utils.errors import UserError
@@ -228,6 +236,26 @@ def measure_in_parts(
     part = measure_inputs(model, modules, batches, **measure)
     LoadBalance().assign(part.inputs)
     yield ALL, part
+
+
+def measure_on_each(
+    model: nn.Module, modules: Mapping[str, nn.Module], sets: Sequence[Iterable[Mapping[str, Any]]], **options: Any
+) -> Iterator[list[tuple[InputStats, ...]]]:
+    """Yield what modules read on several sets of batches, set by set for each input: of one layer after the other, or of all.
+
+    Args:
+        model, modules, options: as in `measure_in_parts`.
+        sets: the sets of batches.
+    """
+    with contextlib.ExitStack() as stack:
+        walks = [
+            stack.enter_context(contextlib.closing(measure_in_parts(model, modules, batches, **options)))
+            for batches in sets
+        ]
+        for parts in zip(*walks, strict=True):
+            first, *others = (part for _, part in parts)
+            of_module = [{name: stats for stats in part.inputs for name in stats.modules} for part in others]
+            yield [(stats, *(known[stats.modules[0]] for known in of_module)) for stats in first.inputs]
 
 
 def _not_a_chain(reason: DoesNotFit) -> NotAChain:

@@ -34,7 +34,7 @@ KEYS_AS_OPTIONS = {
     "init": {"model.name_or_path": "--model"},
     **{
         command: {"model.name_or_path": "--base", "model.trust_remote_code=true": "--trust-remote-code"}
-        for command in ("export", "dial", "check")
+        for command in ("export", "dial", "check", "repair")
     },
 }
 STRENGTHS, MAX_STRENGTH = "0,0.2,0.4,0.6,0.8,1,1.25", 2.0
@@ -73,7 +73,7 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     shtab.add_argument_to(parser, "--print-completion", preamble=complete, help="print a shell's completion script")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     table = {"new": _new, "train": _train, "report": _report, "init": _init, "export": _export, "check": _check}
-    table |= {"judge": _judge, "dial": _dial}
+    table |= {"judge": _judge, "dial": _dial, "repair": _repair}
     return parser, {name: add(commands) for name, add in table.items()}
 
 
@@ -334,6 +334,31 @@ def _dial(commands: Any) -> argparse.ArgumentParser:
     _add_trust(add)
     add("--out", type=Path, help="folder in which `dial` is written (default: RUN/METHOD)", complete=shtab.DIRECTORY)
     _add_questions(add)
+    return parser
+
+
+def _repair(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "repair",
+        help="take out of a trained adapter what it does to the texts to keep",
+        description="Compute from an adapter of any LoRA training one that leaves the texts to keep alone and does what was "
+        "learned, of the same rank, without training. Writes DIR/adapter.",
+    )
+    add = _adder(parser)
+    _add_source(add)
+    add("--keep", metavar="PATH", help="texts to keep (default: the run's calibration)", complete=shtab.FILE)
+    add("--data", metavar="PATH", help="what was learned (default: the run's training rows)", complete=shtab.FILE)
+    about = "of the texts to keep, compared with what was learned; more keeps more (default 1)"
+    add("--weight", type=amount, default=1.0, metavar="W", help=about)
+    add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")
+    _add_trust(add)
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write (default: RUN/METHOD-repaired)",
+        complete=shtab.DIRECTORY,
+    )
     return parser
 
 

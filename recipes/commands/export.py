@@ -278,7 +278,7 @@ def _write_adapter(export: Export, adapter: Any, pairs: dict[str, Any], scaling:
         revision = section.revision if export.recorded == section.name_or_path else None
         config |= {"base_model_name_or_path": export.recorded, "revision": revision}
     write_json(export.folder / CONFIG_FILE, config)
-    _copy_tokenizer(export)
+    copy_tokenizer(export.source.folder, export.folder)
 
 
 def _write_merged(export: Export, dtype: str | None) -> None:
@@ -307,7 +307,7 @@ def _write_merged(export: Export, dtype: str | None) -> None:
         part |= {key: written for key in ("dtype", "torch_dtype") if key in part}
         part |= {"tie_word_embeddings": False} if untied and (part is config or "tie_word_embeddings" in part) else {}
     config["architectures"] = config.get("architectures") or [type(empty).__name__]
-    _copy_tokenizer(export)
+    _copy_what_reads_it(export)
     if base.section.eos_token is not None:
         _end_with(export, config.get("text_config", config), load_tokenizer(base.section, base.name).eos_token_id)
     write_json(export.folder / "config.json", config)
@@ -338,24 +338,24 @@ def _stored_dtype(export: Export) -> str:
     return str(counted.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def _copy_tokenizer(export: Export) -> None:
-    """Copy the tokenizer and the chat template that lie beside what was trained; to a whole model at least the base's.
-
-    A whole model also gets what only the base has: how text is generated, how images or sound are read, and its own code.
-    """
-    places = [export.source.folder] + [export.source.base.folder] * (export.form == "merged")
-    place = next((folder for folder in places if (folder / "tokenizer_config.json").is_file()), places[0])
-    found = {path.name: path for pattern in TOKENIZER for path in place.glob(pattern) if path.is_file()}
-    if export.form == "merged":
-        code = ["*.py"] if export.source.base.section.trust_remote_code else []  # the model's own
-        of_base = (
-            path for pattern in (GENERATION_FILE, PROCESSOR, *code) for path in export.source.base.folder.glob(pattern)
-        )
-        found = {path.name: path for path in of_base} | found
-    for name, path in sorted(found.items()):
-        shutil.copyfile(path, export.folder / name)  # not its mode: a read-only file could not be flushed
+def copy_tokenizer(place: Path, folder: Path) -> None:
+    """Copy the tokenizer and the chat templates that lie in a folder, where it has any."""
+    for path in (path for pattern in TOKENIZER for path in place.glob(pattern) if path.is_file()):
+        shutil.copyfile(path, folder / path.name)  # not its mode: a read-only file could not be flushed
     if (templates := place / CHAT_TEMPLATE_DIR).is_dir():  # those beside the default one, such as tool_use
-        shutil.copytree(templates, export.folder / templates.name, copy_function=shutil.copyfile)
+        shutil.copytree(templates, folder / templates.name, copy_function=shutil.copyfile)
+
+
+def _copy_what_reads_it(export: Export) -> None:
+    """Copy to a whole model how text is generated, how images or sound are read, its own code, and its tokenizer.
+
+    The tokenizer is the one that lies beside what was trained, or the base's.
+    """
+    own, base = export.source.folder, export.source.base.folder
+    code = ["*.py"] if export.source.base.section.trust_remote_code else []
+    for path in (path for pattern in (GENERATION_FILE, PROCESSOR, *code) for path in base.glob(pattern)):
+        shutil.copyfile(path, export.folder / path.name)
+    copy_tokenizer(own if (own / "tokenizer_config.json").is_file() else base, export.folder)
 
 
 def verify(export: Export) -> Any:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
 
 from lora_null.calibration import InputStats
 from lora_null.layer import active_adapter
-from lora_null.layerwise import measure_in_parts
-from lora_null.start import InitOptions
+from lora_null.layerwise import measure_on_each
 from lora_null.trainer.calibration_data import kept_part, padded_batches
 from lora_null.trainer.methods.base import check_count, check_option, method
 from lora_null.trainer.methods.residual import ResidualMethod
 from lora_null.utils.distributed import broadcast_like, process_index, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.quantized import weight_of
-
-Measured = tuple[InputStats, InputStats]  # of one input: on the knowledge, on the task
 
 
 @method
@@ -61,7 +56,9 @@ class SCLoRA(ResidualMethod):
         layers, adapter = self.layers(model), active_adapter(model)
         options = trainer.init_options_here()
         with torch.no_grad():
-            for part in _measured_twice(model, layers, trainer.calibration_batches, batches, options):
+            sets = [trainer.calibration_batches, batches]
+            measure = {"device": options.device, "seed": options.seed, "progress": options.progress}
+            for part in measure_on_each(model, layers, sets, **measure):
                 names = {name: knowledge.owner for knowledge, _ in part for name in knowledge.modules}
                 found = together(lambda part=part: self._solve(part, layers, adapter))
                 for name, owner in names.items():
@@ -71,8 +68,10 @@ class SCLoRA(ResidualMethod):
                         tensors[key] = broadcast_like(found.get(key), factor[adapter].weight, owner)
         return tensors
 
-    def _solve(self, part: list[Measured], layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, torch.Tensor]:
-        """Return the factors of the layers whose Grams this process holds."""
+    def _solve(
+        self, part: Sequence[tuple[InputStats, ...]], layers: Mapping[str, LoraLayer], adapter: str
+    ) -> dict[str, torch.Tensor]:
+        """Return the factors of the layers whose Grams, on the knowledge and on the task, this process holds."""
         found = {}
         for knowledge, task in part:
             if knowledge.owner != process_index() or knowledge.gram is None or task.gram is None:
@@ -120,18 +119,3 @@ def first_rows(trainer: Any, rows: int) -> list[list[int]]:
         ids = iter(row["input_ids"])
         found += [list(islice(ids, length)) for length in row.get("seq_lengths") or [len(row["input_ids"])]]
     return found[:rows]
-
-
-def _measured_twice(
-    model: nn.Module, layers: Mapping[str, LoraLayer], knowledge: list, task: list, options: InitOptions
-) -> Iterator[list[Measured]]:
-    """Yield what the layers read on both sets of batches: of one decoder layer after the other, or of all at once."""
-    common = {"device": options.device, "seed": options.seed, "progress": options.progress}
-    with contextlib.ExitStack() as stack:
-        measured = [
-            stack.enter_context(contextlib.closing(measure_in_parts(model, layers, batches, **common)))
-            for batches in (knowledge, task)
-        ]
-        for (_, first), (_, second) in zip(*measured, strict=True):
-            of_task = {name: stats for stats in second.inputs for name in stats.modules}
-            yield [(stats, of_task[stats.modules[0]]) for stats in first.inputs]

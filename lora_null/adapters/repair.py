@@ -1,0 +1,114 @@
+"""Repair: an adapter that forgot is changed, without training, so that it leaves the knowledge alone and does what it learned.
+
+Of a trained ΔW = s·BA, with C = X Xᵀ/N of what a layer reads on the texts to keep (k) and on the learned task (t), and c
+the mean of C's diagonal, A becomes
+
+    A' = argmin_Z ‖B (Z − A) X_t‖²/N_t + λ (c_t/c_k) ‖B Z X_k‖²/N_k = A C_t (C_t + λ (c_t/c_k) C_k)⁻¹
+
+whatever B is, so long as its columns are independent. λ has no unit. Rank, scaling and B stay. Without a task C_t is the
+identity: all inputs count alike, as far as the texts to keep do not use them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_null.adapters.saved import SavedAdapter
+from lora_null.factors import Pair
+from lora_null.layerwise import measure_on_each
+
+RIDGE = 1e-6  # of c_t, added to C_t's diagonal: directions that neither the task nor the texts use stay as they are
+
+
+def repaired(A: torch.Tensor, keep: torch.Tensor, task: torch.Tensor | None, weight: float) -> torch.Tensor:
+    """Return A' (r, d_in), in A's dtype, computed in float64 by one Cholesky factorization.
+
+    Args:
+        A: (r, d_in).
+        keep: C_k, (d_in, d_in) float64.
+        task: C_t, of the same shape; None for the identity.
+        weight: λ ≥ 0; at 0 A' is A, and as it grows the texts' directions leave A one after the other, the strongest first.
+    """
+    identity = torch.eye(len(keep), dtype=keep.dtype, device=keep.device)
+    task = identity if task is None else task + RIDGE * task.diagonal().mean() * identity
+    both = task + weight * task.diagonal().mean() / keep.diagonal().mean() * keep
+    wanted = task @ A.to(keep).T  # (d_in, r)
+    return torch.cholesky_solve(wanted, torch.linalg.cholesky(both)).T.to(A)
+
+
+def change(pair: Pair, gram: torch.Tensor) -> float:
+    """Return ‖BA X‖²/N = tr(B A C Aᵀ Bᵀ), which forms nothing wider than r.
+
+    Args:
+        pair: A (r, d_in) and B (d_out, r).
+        gram: C, (d_in, d_in) float64.
+    """
+    A, B = (factor.to(gram) for factor in pair)
+    return float((A @ gram @ A.T * (B.T @ B)).sum())
+
+
+@dataclass
+class Repair:
+    """A repaired adapter, and what is left of its change of the layers' outputs.
+
+    Attributes:
+        pairs: module name → A' and B.
+        kept: Σ ‖s BA' X_k‖² / Σ ‖s BA X_k‖², over all layers: what is left of the change on the texts to keep.
+        learned: the same on the learned task; None where no task was given.
+    """
+
+    pairs: dict[str, Pair]
+    kept: float
+    learned: float | None
+
+
+@torch.no_grad()
+def repair(
+    model: nn.Module,
+    adapter: SavedAdapter,
+    keep: Sequence[Mapping[str, Any]],
+    task: Sequence[Mapping[str, Any]] = (),
+    *,
+    weight: float = 1.0,
+) -> Repair:
+    """Repair an adapter, one decoder layer after the other; of the Grams those of one layer are held at a time.
+
+    Args:
+        model: the original base, without an adapter.
+        adapter: of the base.
+        keep: batches of the texts to keep: dicts with `input_ids` and `attention_mask`, (batch, length) each.
+        task: batches of what the adapter learned; empty: all inputs count alike.
+        weight: λ.
+
+    Raises:
+        UserError: as `SavedAdapter.pairs` and `measure_inputs`.
+    """
+    pairs, found = adapter.pairs(), {}
+    before, after = [0.0, 0.0], [0.0, 0.0]
+    for name, grams in _mean_grams(model, pairs, [keep, task] if task else [keep]):
+        A, B = pairs[name]
+        found[name] = repaired(A.to(grams[0].device), grams[0], grams[1] if task else None, weight).to(A.device), B
+        for i, gram in enumerate(grams):
+            before[i] += adapter.scaling(name) ** 2 * change(pairs[name], gram)
+            after[i] += adapter.scaling(name) ** 2 * change(found[name], gram)
+    left = [now / then if then else 1.0 for now, then in zip(after, before)]
+    return Repair({name: found[name] for name in pairs}, left[0], left[1] if task else None)
+
+
+def _mean_grams(
+    model: nn.Module, names: Mapping[str, Pair], sets: Sequence[Sequence[Mapping[str, Any]]]
+) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Yield each module with C of what it reads on every set of batches."""
+    modules = {name: model.get_submodule(name) for name in names}
+    with contextlib.closing(measure_on_each(model, modules, sets)) as parts:
+        for part in parts:
+            for inputs in part:
+                grams = [stats.gram / stats.tokens for stats in inputs if stats.gram is not None]
+                for name in inputs[0].modules:
+                    yield name, grams

@@ -1,0 +1,118 @@
+"""`lora-null repair`: take out of a trained adapter what it does to the texts to keep, without training it again."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, state_of
+from lora_null.adapters.repair import repair
+from lora_null.adapters.saved import read_adapter
+from lora_null.recipes import caches
+from lora_null.recipes.commands.export import copy_tokenizer
+from lora_null.recipes.config.run_folder import RECIPE_FILE
+from lora_null.recipes.config.schema import CalibrationSection, Recipe, calibration_entry, parse_recipe, parse_section
+from lora_null.recipes.config.stages import stage_recipes
+from lora_null.recipes.data.calibration import calibration_sources, cut_windows
+from lora_null.recipes.data.examples import read_examples, tokenize
+from lora_null.recipes.environment import choose_device
+from lora_null.recipes.models.bases import load_tokenizer
+from lora_null.recipes.output import check_place
+from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
+from lora_null.recipes.training import training_arguments
+from lora_null.trainer import CalibrationArgs
+from lora_null.trainer.calibration_data import padded_batches
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import check_free, replacing_folder, write_json, write_safetensors
+from lora_null.utils.limits import position_limit
+
+ROWS = 256  # of what was learned, of each task
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure both sets of texts, compute the new factors, write DIR/adapter.
+
+    Raises:
+        UserError: not an adapter, an adapter for another base, no texts to keep, a folder in use.
+    """
+    choose_device()
+    source = find_trained(arguments.source, arguments.base, trust=arguments.trust_remote_code)
+    check_adapter_fits(source)
+    out = _folder_for(source, arguments)
+    section, recipes = source.base.section, _recipes_of(source)
+    tokenizer = load_tokenizer(section, source.base.name)
+    keep = _windows(_calibration(source, recipes, arguments.keep), source, tokenizer, "keep")
+    task = [ids for recipe in recipes for ids in _training_rows(recipe, tokenizer)]
+    if arguments.data is not None:
+        task = _windows(_named(arguments.data, "--data"), source, tokenizer, "task")
+    elif recipes:
+        print(f"task: {len(task)} training rows")
+    else:
+        print("task: none, all inputs count alike; --data names what it was trained on, and more of that is left")
+    adapter = read_adapter(source.folder)
+    pad = tokenizer.pad_token_id or 0
+    batches = [padded_batches(rows, pad) if rows else [] for rows in (keep, task)]
+    found = repair(source.base.load(), adapter, *batches, weight=arguments.weight)
+    with replacing_folder(out / "adapter") as made:
+        metadata = adapter.metadata | {"repair_weight": f"{arguments.weight:g}"}
+        write_safetensors(made / WEIGHTS_FILE, adapter.tensors | state_of(found.pairs), metadata)
+        write_json(made / CONFIG_FILE, adapter.config)
+        copy_tokenizer(source.folder, made)
+    told = f"repaired at weight {arguments.weight:g}: {found.kept:.2%} is left of its change on the texts to keep"
+    print(told if found.learned is None else f"{told}, {found.learned:.1%} of that on the task")
+    print(f"written: {out / 'adapter'}")
+    asked = f"{out} --strengths 1" if recipes and out.parent == source.run else f"{out / 'adapter'} --keep QUESTIONS"
+    print(f"measure it: lora-null dial {asked}")
+
+
+def _folder_for(source: Trained, arguments: argparse.Namespace) -> Path:
+    """Return the folder to write; raise a UserError where there is none, or an adapter in it."""
+    if arguments.out is None and source.elsewhere:
+        raise UserError("--out: is needed for an adapter that no run left")
+    out = arguments.out or source.run / f"{source.method}-repaired"
+    check_place(out, "--out")
+    check_free(out / "adapter")
+    return out
+
+
+def _recipes_of(source: Trained) -> list[Recipe]:
+    """Return the recipe of the adapter's run, of a sequence those of its tasks; none for an adapter made elsewhere."""
+    if not source.recipe:
+        return []
+    recipe = parse_recipe(source.recipe, str(source.run / RECIPE_FILE))
+    return stage_recipes(recipe) if recipe.sequence else [recipe]
+
+
+def _named(path: str, option: str) -> CalibrationSection:
+    return parse_section(CalibrationSection, option, calibration_entry(path) | {"mode": "separate"})
+
+
+def _calibration(source: Trained, recipes: list[Recipe], keep: str | None) -> CalibrationSection:
+    """Return which texts to keep: those that are named, else those of the run."""
+    if keep is not None:
+        return _named(keep, "--keep")
+    if not recipes:
+        raise UserError(f"{source.folder}: not an adapter of a run; --keep names the texts to keep")
+    section = recipes[0].calibration
+    return section if section.seed is not None else section.model_copy(update={"seed": recipes[0].seed})
+
+
+def _windows(section: CalibrationSection, source: Trained, tokenizer: Any, label: str) -> list[list[int]]:
+    """Return windows of texts, told by what they cover."""
+    base = source.base
+    cut = CalibrationArgs(section.samples, section.max_length, section.mode, section.seed or 0)
+    cut = cut.fitting(position_limit(base.config), "calibration.max_length")
+    write = caches.texts_writer(base.section, base.name, tokenizer, cut, section.cache)
+    windows = cut_windows(calibration_sources(section, tokenizer), tokenizer, cut, write)
+    print(f"{label}: {'; '.join(windows.covered)}")
+    windows.check_tokens()
+    return windows.ids
+
+
+def _training_rows(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of a recipe's first training rows, cut as it was trained on them."""
+    data = recipe.data.model_copy(update={"limit": min(ROWS, recipe.data.limit or ROWS)})
+    examples, _ = read_examples(data, tokenizer, preferences=recipe.trainer == "dpo")
+    most = training_arguments(recipe, Path(recipe.output_dir)).max_length
+    return [list(row.ids[:most]) for row in tokenize(examples, data.template, tokenizer)]
