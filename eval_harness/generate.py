@@ -67,13 +67,19 @@ def can_generate_rows(model: nn.Module) -> bool:
     """Return whether `generate_rows` does for this model what `transformers.generate` would: its forward takes positions
     and gives single logits, its cache can drop rows, and its generation config changes no logits."""
     base = base_model_of(model)
-    takes = inspect.signature(base.forward).parameters
     settings = getattr(base, "generation_config", None)
     return (
-        {"position_ids", "logits_to_keep", "past_key_values"} <= set(takes)
+        {"position_ids", "logits_to_keep"} <= set(inspect.signature(base.forward).parameters)
+        and _cache_name(base) is not None
         and all(getattr(settings, key, None) in neutral for key, neutral in NEUTRAL.items())
         and all(hasattr(layer, "batch_select_indices") for layer in DynamicCache(config=base.config).layers)
     )
+
+
+def _cache_name(base: nn.Module) -> str | None:
+    """Return what a model's forward calls its cache: `cache` since transformers 5.24; None where it takes none."""
+    takes = inspect.signature(base.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in takes), None)
 
 
 def sampling(model: nn.Module, temperature: float) -> LogitsProcessorList:
@@ -114,12 +120,13 @@ def generate_rows(
     Returns:
         The new tokens of each row, its end token included.
     """
-    cache = DynamicCache(config=base_model_of(model).config)
+    base = base_model_of(model)
+    cache, cache_name = DynamicCache(config=base.config), _cache_name(base)
     rows, found = list(range(len(ids))), [[] for _ in ids]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     rules = sampling(model, temperature) if temperature else None
     for _ in range(max_new_tokens):
-        options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        options = {"attention_mask": mask, "position_ids": positions, cache_name: cache}
         logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **options).logits[:, -1]
         if rules is None:
             tokens = logits.argmax(-1)

@@ -656,7 +656,7 @@ def test_a_merged_model_keeps_its_own_code(world, tmp_path):
         section = SimpleNamespace(trust_remote_code=trusted)
         source = SimpleNamespace(folder=tmp_path, base=SimpleNamespace(folder=tmp_path / "base", section=section))
         (tmp_path / f"{trusted}").mkdir()
-        command._copy_tokenizer(SimpleNamespace(source=source, form="merged", folder=tmp_path / f"{trusted}"))
+        command._copy_what_reads_it(SimpleNamespace(source=source, form="merged", folder=tmp_path / f"{trusted}"))
         assert (tmp_path / f"{trusted}" / "preprocessor_config.json").is_file()
         assert (tmp_path / f"{trusted}" / "modeling_own.py").is_file() is trusted
 

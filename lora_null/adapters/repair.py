@@ -6,7 +6,7 @@ the mean of C's diagonal, A becomes
     A' = argmin_Z ‖B (Z − A) X_t‖²/N_t + λ (c_t/c_k) ‖B Z X_k‖²/N_k = A C_t (C_t + λ (c_t/c_k) C_k)⁻¹
 
 whatever B is, so long as its columns are independent. λ has no unit. Rank, scaling and B stay. Without a task C_t is the
-identity: all inputs count alike, as far as the texts to keep do not use them.
+identity: all directions count alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from lora_null.adapters.saved import SavedAdapter
 from lora_null.factors import Pair
 from lora_null.layerwise import measure_on_each
 
-RIDGE = 1e-6  # of c_t, added to C_t's diagonal: directions that neither the task nor the texts use stay as they are
+# Of c_t, added to C_t's diagonal: directions that neither the task nor the texts use stay as they are, and A' stays small.
+RIDGE = 1e-2
 
 
 def repaired(A: torch.Tensor, keep: torch.Tensor, task: torch.Tensor | None, weight: float) -> torch.Tensor:
@@ -36,10 +37,11 @@ def repaired(A: torch.Tensor, keep: torch.Tensor, task: torch.Tensor | None, wei
         weight: λ ≥ 0; at 0 A' is A, and as it grows the texts' directions leave A one after the other, the strongest first.
     """
     identity = torch.eye(len(keep), dtype=keep.dtype, device=keep.device)
-    task = identity if task is None else task + RIDGE * task.diagonal().mean() * identity
-    both = task + weight * task.diagonal().mean() / keep.diagonal().mean() * keep
-    wanted = task @ A.to(keep).T  # (d_in, r)
-    return torch.cholesky_solve(wanted, torch.linalg.cholesky(both)).T.to(A)
+    task = identity if task is None else task
+    size = task.diagonal().mean()
+    counted = task + RIDGE * size * identity
+    both = counted + weight * size / keep.diagonal().mean() * keep
+    return torch.cholesky_solve(counted @ A.to(keep).T, torch.linalg.cholesky(both)).T.to(A)
 
 
 def change(pair: Pair, gram: torch.Tensor) -> float:

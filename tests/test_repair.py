@@ -1,0 +1,155 @@
+"""A trained adapter that is changed so that it leaves texts alone: the equation, layers of a model, and the command."""
+
+import json
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import losses_over, random_batches, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
+from world import base, make_world, write_rows
+
+from lora_null.__main__ import main
+from lora_null.adapters.repair import RIDGE, change, repair, repaired
+from lora_null.adapters.saved import read_adapter
+from lora_null.recipes.__main__ import main as recipes
+
+R, D_IN, D_OUT, WEIGHT = 2, 7, 5, 0.7
+
+
+def draw(*shape, seed):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def least_squares(A, B, X_k, X_t, weight):
+    """Return the minimizer of ‖B (Z − A) X_t‖² + weight · ‖B Z X_k‖², each entry of Z an unknown of one linear system."""
+    rows = np.concatenate([np.kron(B, X_t.T), weight**0.5 * np.kron(B, X_k.T)])
+    wanted = np.concatenate([(B @ A @ X_t).ravel(), np.zeros(len(B) * X_k.shape[1])])
+    return np.linalg.lstsq(rows, wanted, rcond=None)[0].reshape(A.shape)
+
+
+@pytest.mark.parametrize("task", [True, False])
+def test_the_factor_is_the_minimizer(task):
+    A, B, X_k = draw(R, D_IN, seed=0), draw(D_OUT, R, seed=1), draw(D_IN, 30, seed=2)
+    X_t = draw(D_IN, 4, seed=3) if task else np.eye(D_IN)  # fewer tokens than the layer is wide
+    C_k, C_t = X_k @ X_k.T / 30, X_t @ X_t.T / (4 if task else 1)
+    c_k, c_t = (C.diagonal().mean() for C in (C_k, C_t))
+    ridge = (RIDGE * c_t) ** 0.5 * np.eye(D_IN)
+    X_t = np.concatenate([X_t / (2.0 if task else 1.0), ridge], axis=1)
+    expected = least_squares(A, B, X_k / 30**0.5, X_t, WEIGHT * c_t / c_k)
+    grams = [torch.tensor(C) for C in (C_k, C_t)]
+    found = repaired(torch.tensor(A), grams[0], grams[1] if task else None, WEIGHT)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-9)
+    of_unit = repaired(torch.tensor(A), 1000 * grams[0], grams[1] * 9 if task else None, WEIGHT)
+    torch.testing.assert_close(of_unit, found)  # the weight has no unit
+    pair = torch.tensor(A), torch.tensor(B)
+    assert change(pair, grams[0]) == pytest.approx(np.linalg.norm(B @ A @ X_k) ** 2 / 30)
+
+
+def test_weights_between_nothing_and_everything():
+    A, used = torch.tensor(draw(R, D_IN, seed=0)), torch.tensor(draw(D_IN, 3, seed=1))
+    gram = used @ used.T
+    torch.testing.assert_close(repaired(A, gram, None, 0.0), A)
+    unused = torch.linalg.qr(used, mode="complete").Q[:, 3:]
+    most = repaired(A, gram, None, 1e6)
+    torch.testing.assert_close(most @ unused, A @ unused, rtol=0, atol=1e-8)  # what the texts do not use stays
+    assert (most @ used).abs().max() < 1e-4
+    assert repaired(A.bfloat16(), gram, gram, 1.0).dtype == torch.bfloat16
+
+
+def trained(model, folder, **config):
+    """Leave an adapter that was trained for a few steps."""
+    adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=True, **config))
+    losses_over(adapted, random_batches(seed=5), steps=4)
+    adapted.save_pretrained(folder)
+    return read_adapter(folder)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=32, n_embd=16, n_layer=2, n_head=2)).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_model, gpt2])
+def test_a_model_is_repaired_layer_by_layer(make, tmp_path):
+    """Also where a scaling is a layer's own, and where a weight lies the other way round, as GPT-2's do."""
+    targets = {"target_modules": ["q_proj", "down_proj"], "alpha_pattern": {"q_proj": 2}}
+    adapter = trained(make(), tmp_path, **(targets if make is tiny_model else {"target_modules": ["c_attn"]}))
+    keep, task = random_batches(count=2, seed=1), random_batches(count=2, seed=2)
+    found = repair(make().eval(), adapter, keep, task, weight=WEIGHT)
+    pairs, sums = adapter.pairs(), np.zeros((2, 2))
+    X_k, X_t = (oracle.capture_inputs(make().eval(), pairs, batches) for batches in (keep, task))
+    for name, (A, B) in pairs.items():
+        X = [X[name] / X[name].shape[1] ** 0.5 for X in (X_k, X_t)]
+        c_k, c_t = ((x**2).sum() / len(x) for x in X)
+        A, B = (adapter.scaling(name) * A).double().numpy(), B.double().numpy()
+        ridge = np.concatenate([X[1], (RIDGE * c_t) ** 0.5 * np.eye(len(X[1]))], axis=1)
+        expected = least_squares(A, B, X[0], ridge, WEIGHT * c_t / c_k)
+        np.testing.assert_allclose(
+            adapter.scaling(name) * found.pairs[name][0].numpy(), expected, rtol=2e-3, atol=2e-5
+        )
+        assert torch.equal(found.pairs[name][1], adapter.pairs()[name][1])
+        sums += [[np.linalg.norm(B @ Z @ x) ** 2 for x in X] for Z in (expected, A)]
+    assert (found.kept, found.learned) == pytest.approx(sums[0] / sums[1], rel=1e-3)
+    assert found.kept < found.learned
+    alone = repair(make().eval(), adapter, keep, weight=WEIGHT)
+    assert alone.learned is None and alone.kept < found.kept
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repair")
+    words = ["training.save_strategy=no", "--method", "lora", "method.use_rslora=true"]
+    assert recipes([str(make_world(folder)), *words]) == 0
+    return folder
+
+
+def test_the_command_repairs_what_a_run_trained(world, capsys):
+    method = world / "out" / "lora"
+    assert main(["repair", str(method)]) == 0
+    told, out = capsys.readouterr().out, world / "out" / "lora-repaired"
+    assert "keep: " in told and "task: 40 training rows" in told and f"lora-null dial {out} --strengths 1" in told
+    read = [json.loads((folder / "adapter" / "adapter_config.json").read_text()) for folder in (method, out)]
+    assert read[0] == read[1] and (out / "adapter" / "tokenizer.json").is_file()
+    old, new = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (method, out))
+    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old if "lora_B" in k)
+    assert main(["dial", str(out), "--strengths", "1"]) == 0 and main(["check", str(out)]) == 0
+    points = json.loads((out / "dial" / "dial.json").read_text())["points"]
+    row = json.loads((world / "out" / "results.json").read_text())["rows"][1]
+    assert points[1]["metrics"]["facts kl"]["value"] < 0.5 * row["metrics"]["facts kl"]["value"]
+    assert main(["repair", str(method)]) == 2
+    assert f"{out / 'adapter'}: exists already" in capsys.readouterr().err
+
+
+def test_the_command_repairs_any_adapter(world, tmp_path, capsys):
+    adapter = get_peft_model(base(world), LoraConfig(r=4, target_modules=["q_proj"]))
+    losses_over(adapter, random_batches(), steps=3)
+    adapter.save_pretrained(tmp_path / "a")
+    write_rows(tmp_path / "notes.jsonl", [{"text": f"the {i}th note of all {i * i} notes"} for i in range(40)])
+    words = ["repair", str(tmp_path / "a"), "--base", str(world / "model"), "--out", str(tmp_path / "b")]
+    assert main(words) == 2 and "--keep names the texts to keep" in capsys.readouterr().err
+    assert main(words[:-2]) == 2 and "--out: is needed" in capsys.readouterr().err
+    notes = str(tmp_path / "notes.jsonl")
+    assert main([*words, "--keep", notes, "--weight", "0"]) == 2
+    assert "--weight: must be a number above 0" in capsys.readouterr().err
+    assert main([*words, "--keep", notes, "--weight", "3"]) == 0
+    assert "all inputs count alike; --data names" in capsys.readouterr().out
+    assert main([*words[:-1], str(tmp_path / "c"), "--keep", notes, "--data", str(world / "numbers.jsonl")]) == 0
+    assert f"task: {world / 'numbers.jsonl'}: 40 " in capsys.readouterr().out
+    for name in "bc":
+        assert PeftModel.from_pretrained(base(world), tmp_path / name / "adapter").peft_config["default"].r == 4
+
+
+def test_a_sequence_is_repaired_on_the_rows_of_all_its_tasks(tmp_path, capsys):
+    raw = yaml.safe_load(make_world(tmp_path).read_text())
+    letters = write_rows(tmp_path / "letters.jsonl", [{"question": f"n {i}", "answer": "b" * i} for i in range(1, 13)])
+    tasks = [{"name": "one"}, {"name": "two", "data": raw["data"] | {"path": str(letters)}}]
+    tasks[1]["eval"] = {"task": [{"answers": "letters", "path": str(letters)}]}
+    path = make_world(tmp_path, sequence={"tasks": tasks}, method={"name": "lora", "rank": 4})
+    assert recipes([str(path), "training.save_strategy=no", "training.max_steps=2"]) == 0
+    assert main(["repair", str(tmp_path / "out" / "lora")]) == 0
+    assert "task: 52 training rows" in capsys.readouterr().out
