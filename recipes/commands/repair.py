@@ -43,13 +43,12 @@ def run(arguments: argparse.Namespace) -> None:
     section, recipes = source.base.section, _recipes_of(source)
     tokenizer = load_tokenizer(section, source.base.name)
     keep = _windows(_calibration(source, recipes, arguments.keep), source, tokenizer, "keep")
-    task = [ids for recipe in recipes for ids in _training_rows(recipe, tokenizer)]
     if arguments.data is not None:
         task = _windows(_named(arguments.data, "--data"), source, tokenizer, "task")
-    elif recipes:
-        print(f"task: {len(task)} training rows")
     else:
-        print("task: none, all inputs count alike; --data names what it was trained on, and more of that is left")
+        task = [ids for recipe in recipes for ids in _training_rows(recipe, tokenizer)]
+        lacks = "none, all inputs count alike; --data names what it was trained on, and more of that is left"
+        print(f"task: {f'{len(task)} training rows' if task else lacks}")
     adapter = read_adapter(source.folder)
     pad = tokenizer.pad_token_id or 0
     batches = [padded_batches(rows, pad) if rows else [] for rows in (keep, task)]
@@ -80,7 +79,12 @@ def _recipes_of(source: Trained) -> list[Recipe]:
     """Return the recipe of the adapter's run, of a sequence those of its tasks; none for an adapter made elsewhere."""
     if not source.recipe:
         return []
-    recipe = parse_recipe(source.recipe, str(source.run / RECIPE_FILE))
+    plain = {
+        "method": {"name": "lora"},
+        "grid": {},
+        "budget": None,
+    }  # what trained it may be a method of the user's own
+    recipe = parse_recipe(source.recipe | plain, str(source.run / RECIPE_FILE))
     return stage_recipes(recipe) if recipe.sequence else [recipe]
 
 
