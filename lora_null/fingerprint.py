@@ -25,7 +25,7 @@ from lora_null.layer import plain_name
 from lora_null.utils.distributed import all_gather, broadcast, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import base_model_of
-from lora_null.utils.own_code import foreign_code_in, foreign_functions, home_of, is_of_library, own_code_at
+from lora_null.utils.own_code import foreign_code_in, foreign_functions, home_of, is_of_library, own_code_at, own_files
 from lora_null.utils.quantized import is_quantized, stored_statistics
 from lora_null.utils.sharding import is_sharded
 
@@ -167,7 +167,7 @@ def hook_in(model: nn.Module) -> str | None:
 def code_of(method: type, model: nn.Module) -> str:
     """Return a hash of the class of every module, and of the files that decide a start and may be edited.
 
-    These are of a method or a model of one's own, and of functions that were put into classes of libraries. Of a function
+    These are of a method or a model of one's own, with what it imports, and of functions that were put into classes of libraries. Of a function
     that was made without a module (torch.fx) its code counts.
 
     Args:
@@ -184,12 +184,14 @@ def _digest_of(method: type, model: nn.Module, fresh: bytes) -> str:
     functions += [f for name in _attentions(model) for f in foreign_functions(AttentionInterface().get(name))]
     kinds = {base for kind in (*of_modules.values(), method) for base in kind.__mro__}
     names = {kind.__module__ for kind in kinds} | {home_of(function) for function in functions}
-    own = sorted(name for name in names if name and not is_of_library(name))
+    own = {name for name in names if name and not is_of_library(name)}
     called = sorted(f"{home_of(f)}.{f.__qualname__}{'' if home_of(f) else _code_text(f.__code__)}" for f in functions)
     digest = hashlib.sha256(repr([sorted((name, str(kind)) for name, kind in of_modules.items()), called]).encode())
-    for name in own:
-        path = getattr(sys.modules.get(name), "__file__", None)
-        digest.update(fresh if path is None or not Path(path).is_file() else Path(path).read_bytes())
+    paths = {Path(getattr(sys.modules.get(name), "__file__", None) or "") for name in own}
+    if not all(map(Path.is_file, paths)):
+        digest.update(fresh)
+    for content in sorted(path.read_bytes() for path in own_files(paths)):
+        digest.update(content)
     return digest.hexdigest()[:16]
 
 

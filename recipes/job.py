@@ -44,11 +44,13 @@ from lora_null.recipes.probes import ProbePlan, plan_probes
 from lora_null.recipes.training import read_training_data, training_arguments
 from lora_null.store import find_initialization, read_report
 from lora_null.trainer import CalibrationArgs
+from lora_null.trainer.methods import METHODS
 from lora_null.trainer.preflight import check_predicts_next_token, raise_or_warn
 from lora_null.utils.distributed import all_gather, get_logger, num_processes
 from lora_null.utils.errors import Unreachable, UserError
 from lora_null.utils.files import hash_of
 from lora_null.utils.limits import PositionLimit, position_limit
+from lora_null.utils.own_code import files_of
 
 logger = get_logger(__name__)
 
@@ -202,7 +204,10 @@ def inputs_beside_the_base(job: Job) -> dict[str, str]:
         asked = task.describe(task.effective_limit(most)).items()
         found[f"{where} ({task.label})"] = hash_of([v for key, v in asked if key.endswith("_sha256")])
     judge = job.recipe.eval.judge
-    read = {"method.files": job.recipe.method.files, "eval.judge.prompts": [judge and judge.prompts]}
+    for name in job.recipe.method.name:
+        if own := files_of(METHODS[name]):
+            found[f"method.files ({name})"] = hash_of(sorted(hashlib.sha256(x.read_bytes()).hexdigest() for x in own))
+    read = {"eval.judge.prompts": [judge and judge.prompts]}
     read |= {f"training.{key}": [job.recipe.training.get(key)] for key in CONFIGURATION_KEYS}
     for where, paths in read.items():
         files = [Path(path) for path in paths if isinstance(path, str) and os.path.isfile(path)]

@@ -27,6 +27,7 @@ from lora_null.recipes.config.schema import REFUSED, parse_recipe, training_keys
 from lora_null.recipes.job import inputs_of
 from lora_null.recipes.models.bases import resolve_name
 from lora_null.trainer.checkpoints import is_whole
+from lora_null.trainer.methods import METHODS, load_method_file
 from lora_null.utils.errors import UserError
 
 ALREADY = {"bf16": False, "report_to": "none", "use_cpu": True, "gradient_checkpointing": False}
@@ -124,16 +125,22 @@ def test_a_run_means_the_same_from_every_folder(tmp_path, monkeypatch):
     assert left.calibration.path == str(tmp_path / "here" / "facts.jsonl")
 
 
-def test_a_method_of_ones_own_is_among_what_a_resumed_run_checks(tmp_path):
-    mine = tmp_path / "mine.py"
-    method, model = SimpleNamespace(files=[str(mine)], init=None), SimpleNamespace(revision=None)
+def test_a_method_of_ones_own_is_among_what_a_resumed_run_checks(tmp_path, monkeypatch):
+    """With what its file imports, as far as that lies in no library."""
+    mine, beside = tmp_path / "mine.py", tmp_path / "beside_mine.py"
+    head = "from lora_null.trainer.methods import Method, method\ndef late():\n    import beside_mine\n"
+    beside.write_text("gain = 1")
+    mine.write_text(head + "@method\nclass Mine(Method):\n    name = 'resumed-own'\n")
+    load_method_file(str(mine))
+    monkeypatch.setattr("lora_null.recipes.job.METHODS", {**METHODS, "resumed-own": METHODS.pop("resumed-own")})
+    method, model = SimpleNamespace(name=["lora", "resumed-own"], init=None), SimpleNamespace(revision=None)
     recipe = SimpleNamespace(method=method, model=model, training={}, eval=SimpleNamespace(limit=None, judge=None))
     job = SimpleNamespace(data=None, recipe=recipe, sources=[], tasks=[], probe=None, model_name="x", swept_inputs={})
     found = []
-    for text in ("gain = 1", "gain = 5"):
-        mine.write_text(text)
-        found.append(inputs_of(job))
-    assert found[0]["method.files"] != found[1]["method.files"]
+    for file, text in ((mine, ""), (mine, "# changed\n"), (beside, "gain = 5")):
+        file.write_text(file.read_text() + text)
+        found.append(inputs_of(job)["method.files (resumed-own)"])
+    assert len({*found}) == 3 and "method.files (lora)" not in inputs_of(job)
 
 
 @pytest.mark.parametrize(

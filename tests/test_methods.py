@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -696,6 +697,7 @@ def test_a_method_of_ones_own_takes_no_others_place(tmp_path, body, said):
 
 OWN_START = """from __future__ import annotations
 import torch
+IMPORT
 from lora_null.trainer.methods import method
 from lora_null.trainer.methods.residual import ResidualMethod
 @method
@@ -707,12 +709,22 @@ class Scaled(ResidualMethod):
 """
 
 
-def test_a_start_of_ones_own_is_computed_anew_when_its_file_is_edited(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("edited", ["scaled.py", "scaled_by.py"])
+def test_a_start_of_ones_own_is_computed_anew_when_its_file_is_edited(tmp_path, monkeypatch, capsys, edited):
+    """Or one that it imports, here from another that it imports."""
     monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path))
     found, file = [], tmp_path / "scaled.py"
+    (tmp_path / "scaled_beside.py").write_text("from scaled_by import SCALE\n")
     try:
         for scale in (1, 1, 2):
-            file.write_text(OWN_START.replace("SCALE", str(scale)))
+            own = edited == "scaled.py"
+            file.write_text(
+                OWN_START.replace("IMPORT", f"SCALE = {scale}" if own else "from scaled_beside import SCALE")
+            )
+            (tmp_path / "scaled_by.py").write_text(f"SCALE = {1 if own else scale}  # {'x' * scale}\n")
+            for name in ("scaled_by", "scaled_beside"):
+                monkeypatch.delitem(sys.modules, name, raising=False)
             assert load_method_file(str(file)) == ["scaled-rows"]
             layer = next(iter(adapted_layers(started(tmp_path / "run", "scaled-rows").model).values()))
             found.append((layer.lora_A["default"].weight, "reused" in capsys.readouterr().err))

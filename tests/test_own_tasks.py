@@ -144,14 +144,16 @@ def test_what_merely_lies_beside_a_task_does_not_decide_it(own, tmp_path):
     assert described() != with_code
 
 
-def test_what_a_task_includes_and_imports_decides_it_too(own, tmp_path):
+def test_what_a_task_includes_and_imports_decides_it_too(own, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path / "shared"))
     text = TASK.format(name="mine", data=own / "mine.jsonl", kind="loglikelihood", metric="acc")
     files = {
         tmp_path / "common" / "base.yaml": text.replace("task: mine\n", ""),
         tmp_path
         / "tasks"
         / "mine.yaml": "task: mine\ninclude: ../common/base.yaml\nprocess_docs: !function help.docs.keep\n",
-        tmp_path / "tasks" / "help" / "docs.py": "def keep(rows):\n    return rows\n",
+        tmp_path / "tasks" / "help" / "docs.py": "import kept_rows\ndef keep(rows):\n    return rows\n",
+        tmp_path / "shared" / "kept_rows.py": "",
     }
     for path, written in files.items():
         path.parent.mkdir(exist_ok=True)

@@ -28,6 +28,7 @@ from lora_null.eval_harness.lm_eval.model import lm_eval_silenced
 from lora_null.eval_harness.lm_eval.private_names import files_of, full_config, needs_consent
 from lora_null.eval_harness.tasks import TASK_FILES
 from lora_null.utils.errors import UserError, first_line, hub_error
+from lora_null.utils.own_code import INSTALLED, own_files
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -39,7 +40,6 @@ SUBSET_KEYS = {"task", "task_alias", "dataset_name", "tag", "group"}  # what may
 BESIDE = (".yaml", ".yml", ".py", ".json", ".jsonl", ".txt", ".csv", ".tsv")  # what a task's code may read
 # A recipe, which a task's code does not read.
 RECIPE = re.compile(rb"^(model|method|training|calibration|output_dir)\s*:", re.MULTILINE)
-INSTALLED = {"site-packages", "dist-packages"}
 CODE_EVAL = "HF_ALLOW_CODE_EVAL"  # the environment variable that the hub's metric code_eval asks for
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 NAME_IN_FILE = re.compile(
@@ -222,7 +222,7 @@ def _full_manager(own: tuple[Path, ...] = ()) -> TaskManager:
 
 def hash_of_rules(task: LmEvalTask, loaded: TaskDict) -> str:
     """Return a hash of a task of the user's own: its file and those that it includes, its local documents, and where code
-    lies beside them the modules loaded from there and what they may read there."""
+    lies beside them the modules loaded from there, what these import, and what they may read there."""
     manager, digest = manager_of(task.task, task.include_path), hashlib.sha256()
     entries = [manager.task_index[name] for name in (task.task, *loaded["tasks"]) if name in manager.task_index]
     rules = {file for entry in entries if entry.yaml_path for file in files_of(Path(entry.yaml_path))}
@@ -238,7 +238,7 @@ def hash_of_rules(task: LmEvalTask, loaded: TaskDict) -> str:
     found = {Path(path) for place in places for path in glob.glob(place)}
     code = {file for file in modules if folders & set(file.parents) and not INSTALLED & set(file.parts)}
     code |= {file for folder in folders for file in folder.glob("*.py")}
-    files = rules | code
+    files = rules | own_files(code)
     if code:
         beside = [file for folder in folders for file in folder.iterdir() if file.suffix in BESIDE]
         files |= {
