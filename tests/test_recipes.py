@@ -244,15 +244,15 @@ def test_a_template_is_no_mapping():
     assert load_recipe("quickstart", ["data.template='Q: {prompt}'"]).data.template == "Q: {prompt}"
 
 
-def test_options_over_what_a_file_has():
+def test_options_over_what_a_file_has(caplog):
     assert load_recipe("quickstart", ["budget="], max_forgetting="1e-2").budget.at_most == 0.01
     with pytest.raises(UserError, match="--max-forgetting: 'budget' holds a value, not keys"):
         load_recipe("quickstart", ["budget=0.01"], max_forgetting="0.02")
     with pytest.raises(UserError, match="--output-dir: is empty"):
         load_recipe("quickstart", output_dir="")
-    for words in ([], ["grid.per_method=[1]"]):
-        grid = load_recipe("study", words, sweeps=["training.learning_rate=1e-4,1e-3"]).grid
-        assert (grid.sweep, grid.per_method) == ({"training.learning_rate": [1e-4, 1e-3]}, {})
+    grid = load_recipe("study", sweeps=["training.learning_rate=1e-4,1e-3"]).grid
+    assert (grid.sweep, grid.per_method) == ({"training.learning_rate": [1e-4, 1e-3]}, {})
+    assert "--sweep: holds for every method; the recipe's grid.per_method (" in caplog.text
 
 
 RATES = "--sweep training.learning_rate=…"
@@ -287,6 +287,10 @@ RATES = "--sweep training.learning_rate=…"
         (["budget={at_most: 0.5}"], {"max_forgetting": "0.1"}, "--max-forgetting: budget.at_most is given too"),
         (["grid.seeds=[7]"], {"seeds": "0,1"}, "--seeds: grid.seeds is given too"),
         (["grid={sweep: {}}"], {"sweeps": ["method.rank=4,8"]}, "--sweep: grid.sweep is given too"),
+        *(
+            ([words], {"sweeps": ["method.rank=4,8"]}, "--sweep: holds for every method, and grid.per_method is given")
+            for words in ("grid.per_method=[1]", "grid.per_method.lora={method.rank: [2]}", "grid={per_method: {}}")
+        ),
         (["output_dir=b"], {"output_dir": "a"}, "--output-dir: output_dir is given too"),
     ],
 )

@@ -325,6 +325,10 @@ def load_recipe(
     ):
         if value is not None and key in keys:
             raise UserError(f"{option}: {key} is given too; give one of the two")
+    if sweeps and any(f"{key}.".startswith("grid.per_method.") for key in keys):
+        raise UserError(
+            "--sweep: holds for every method, and grid.per_method is given too; give grid.sweep={KEY: [V, V]} for it"
+        )
     raw = resolve_includes(path)
     if is_of_run(path):
         raw["output_dir"] = str(path.parent)  # wherever that lies now
@@ -368,8 +372,11 @@ def dump(recipe: Recipe) -> str:
 def _put_grid(raw: dict[str, Any], seeds: str | None, sweeps: Sequence[str]) -> None:
     if seeds is not None:
         set_key(raw, "grid.seeds", _swept_values(seeds), "--seeds")
-    for key in ("sweep", "per_method") if sweeps else ():  # what is asked for holds for every method
-        set_key(raw, f"grid.{key}", {}, "--sweep")
+    if sweeps:  # what is asked for holds for every method
+        set_key(raw, "grid.sweep", {}, "--sweep")
+        if (dropped := raw["grid"].pop("per_method", None)) and launched_index() == 0:
+            told = ", ".join(map(str, dropped)) if isinstance(dropped, dict) else dropped
+            logger.warning(f"--sweep: holds for every method; the recipe's grid.per_method ({told}) is dropped")
     for sweep in sweeps:
         key, equals, values = sweep.partition("=")
         if not equals or not values:
