@@ -113,20 +113,22 @@ def _share_out_batch(options: dict[str, Any], total: int, processes: int) -> Non
     Raises:
         UserError: they cannot be shared out evenly, or the options say otherwise.
     """
-    each = options.get("per_device_train_batch_size", SFTConfig.per_device_train_batch_size)
+    given = options.get("per_device_train_batch_size")
+    each = SFTConfig.per_device_train_batch_size if given is None else given
     if options.get("auto_find_batch_size"):
         raise UserError(
             "training.auto_find_batch_size: takes smaller batches where memory runs out, and total_batch_size holds them "
             "fixed; give one of the two"
         )
-    if total % each == total % processes == 0 and "gradient_accumulation_steps" not in options:
+    whole = total % processes == 0 and (given is None or total % each == 0)
+    if whole and "gradient_accumulation_steps" not in options:
         of_process = total // processes
         fitting = next(size for size in range(min(each, of_process), 0, -1) if of_process % size == 0)
-        if fitting != each:
+        if fitting != given is not None:
             print_once(
                 f"batch       {fitting} sequences a pass, not {each}: {total} a step, over {processes} processes"
             )
-            each = options["per_device_train_batch_size"] = fitting
+        each = options["per_device_train_batch_size"] = fitting
     one_pass = each * processes
     if total % one_pass:
         raise UserError(
