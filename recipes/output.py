@@ -43,6 +43,7 @@ from lora_null.utils.files import (
 
 PAGE_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
 INPUTS_FILE = "inputs.json"  # hashes of what the recipe's paths hold
+METHOD_FILES = "method.files ({})"  # the name there of the files that a method of one's own is written in
 SHARED_SECONDS = 10.0
 MAX_LISTED = 3
 OWN_FILES = ("base", CELLS_FOLDER, TASKS_FOLDER, "report.md", PAGE_FILE, "forgetting.png", "magnitude.png", "card.png")
@@ -118,17 +119,25 @@ def check_space(folder: Path, size: int, named: str = "output_dir") -> int:
 
 
 def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
-    """Keep the hashes of a run's inputs; raise a UserError where it goes on with others than it began with."""
+    """Keep the hashes of a run's inputs; raise a UserError where it goes on with others than it began with.
+
+    The files of a method of one's own may be mended as long as it has left neither a result nor a checkpoint.
+    """
     path = folder / INPUTS_FILE
     before = validated(RootModel[dict[str, str]], read_json(path), str(path)).root if path.is_file() else {}
+    left = (path for pattern in (ROW_FILE, "checkpoint-*") for path in folder.rglob(pattern))
+    begun = {METHOD_FILES.format(path.parent.name) for path in left}
+    of_methods = {name for name in inputs if name.startswith(METHOD_FILES.format("")[:-1])}
     changed = [name for name, found in inputs.items() if before.get(name, found) != found]
+    changed = [name for name in changed if name not in of_methods - begun]
     if changed:
         more = f" and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
+        anew = "train it in a folder of its own" if of_methods.issuperset(changed) else "begin anew with --overwrite"
         raise UserError(
             f"--resume: since the run in {folder} began, the content has changed of {', '.join(changed[:MAX_LISTED])}{more}; "
-            "put it back, or begin anew with --overwrite"
+            f"put it back, or {anew}"
         )
-    write_json(path, {**inputs, **before})  # a model of the hub has files only once it was downloaded
+    write_json(path, {**before, **inputs})  # a model of the hub has files only once it was downloaded
 
 
 def _check_shared(folder: Path, mark: Path) -> None:

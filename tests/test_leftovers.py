@@ -298,6 +298,21 @@ def test_what_was_not_known_when_a_run_began_has_not_changed(tmp_path):
         output._check_inputs(tmp_path, {})
 
 
+@pytest.mark.parametrize("left", ["mine/row.json", "cells/seed=0/mine/checkpoint-2"])
+def test_a_method_of_ones_own_may_be_mended_until_it_has_left_something(tmp_path, left):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "row.json").touch()
+    for known in ("1", "2"):
+        output._check_inputs(tmp_path, {"method.files (mine)": known, "method.files (other)": "1"})
+    (tmp_path / left).mkdir(parents=True)
+    output._check_inputs(tmp_path, {"method.files (mine)": "2"})
+    for name in ("mine", "other"):
+        with pytest.raises(
+            UserError, match=rf"changed of method\.files \({name}\); put it back, .* in a folder of its own"
+        ):
+            output._check_inputs(tmp_path, {f"method.files ({name})": "3"})
+
+
 @pytest.mark.parametrize("consent, said", [("unsafe", " --allow-code-execution=unsafe"), ("jailed", " --allow-code-execution"), (False, "")])  # fmt: skip
 def test_the_command_that_goes_on_has_the_consent_that_was_given(tmp_path, consent, said):
     (tmp_path / "a b").mkdir()
@@ -436,6 +451,9 @@ def test_a_batch_is_given_in_either_way(words, steps, tmp_path):
         ([], 4, (1, 1)),
         (["training.total_batch_size=24"], 2, (4, 3)),
         (["training.total_batch_size=24"], 4, (3, 2)),
+        (["training.per_device_train_batch_size=", "training.total_batch_size=12"], 1, (6, 2)),
+        (["training.per_device_train_batch_size=", "training.total_batch_size=6"], 2, (3, 1)),
+        (["training.per_device_train_batch_size=", "training.total_batch_size=64"], 2, (8, 4)),
         ([], 3, None),
         ([], 8, None),
         (["training.total_batch_size=24", "training.gradient_accumulation_steps=6"], 4, None),
@@ -450,7 +468,8 @@ def test_processes_share_out_the_total_batch(words, processes, batch, tmp_path, 
         return
     found = training.training_arguments(recipe, tmp_path)
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == batch
-    assert ("sequences a pass, not 4" in capsys.readouterr().out) is (batch[0] != 4)
+    given = recipe.training.get("per_device_train_batch_size")
+    assert (f"sequences a pass, not {given}" in capsys.readouterr().out) is (given is not None and batch[0] != given)
 
 
 def test_one_process_takes_one_of_several_gpus(tmp_path, monkeypatch, capsys):
