@@ -27,12 +27,15 @@ from lora_null import UserError
 from lora_null.calibration import InputStats
 from lora_null.layer import adapted_layers, factors_of
 from lora_null.layerwise import measure_in_parts
+from lora_null.recipes.callbacks import LOGGED
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.models.plan import plan_methods
+from lora_null.recipes.output import OWN_FILES
 from lora_null.trainer import LoraNullSFTTrainer
 from lora_null.trainer.methods import (
     METHODS,
     Method,
+    Term,
     check_adapter,
     check_base,
     check_engine,
@@ -621,6 +624,28 @@ def test_unknown_method_and_option():
         make_method("eva", {"rowz": 3})
     with pytest.raises(UserError, match="wrong type"):
         make_method("roselora", {"clamp": "small"})
+    with pytest.raises(UserError, match=r"method\.options\.clora\.weight: must be a number, not True"):
+        make_method("clora", {"weight": True})
+    assert make_method("clora", {"weight": 2}).weight == 2
+
+
+@pytest.mark.parametrize(
+    "found, told",
+    [
+        (torch.tensor(1.0), r"extra_loss of clora has to return \{name: Term\(value, weight\)\}"),
+        ({"subspace_penalty": torch.tensor(1.0)}, "extra_loss of clora has to return"),
+        ({"subspace_penalty": Term(torch.ones(2), 1.0)}, "with tensors of one number"),
+        (
+            {"penalty": Term(torch.tensor(1.0), 1.0)},
+            "extra_loss of clora returns 'penalty', which its terms do not name",
+        ),
+    ],
+)
+def test_what_is_added_to_the_loss_is_what_the_method_names(tmp_path, monkeypatch, found, told):
+    trainer = make(tmp_path, "clora")
+    monkeypatch.setattr(trainer.method, "extra_loss", lambda *_: found)
+    with pytest.raises(UserError, match=told):
+        trainer.train()
 
 
 def test_a_quantized_base_is_refused_with_the_methods_that_work():
@@ -674,11 +699,20 @@ def test_a_hook_that_would_not_be_called_is_refused(tmp_path, body, said):
     assert "half" not in METHODS
 
 
+NO_NAMES = {*OWN_FILES, "my/method, v2", "Mine", "", ".mine", "init", "dial", "mine.py", "checkpoint-1"}
+
+
 @pytest.mark.parametrize(
     "body, said",
     [
         ("gain: float = 2.0", "has no name of its own and would replace 'lora-null-v2'; set name"),
         ("name = 'lora'", "'lora' is the name of a method of this package; give it another"),
+        *(
+            (f"name = {name!r}", rf"{re.escape(repr(name))} cannot name a folder of a run")
+            for name in sorted(NO_NAMES)
+        ),
+        ("name, terms = 'mine', 'pen'", r"terms is a text; write terms = \('pen',\)"),
+        *((f"name, terms = 'mine', ({name!r},)", f"the term {name!r} is the name of another") for name in LOGGED),
     ],
 )
 def test_a_method_of_ones_own_takes_no_others_place(tmp_path, body, said):

@@ -506,6 +506,27 @@ def test_the_file_of_a_method_is_kept_with_its_name(tmp_path):
     del method_options()["mine-own"], METHODS["mine-own"]
 
 
+@pytest.mark.parametrize(
+    "body, words, told",
+    [
+        ("    gain: float = 1.0", ["method.options.mine-own.gain=big"], "mine-own.gain: must be a number, not big"),
+        (
+            "    def rule_for(self, options): return self",
+            [],
+            "rule_for of mine-own returns has no label and no of_input, see",
+        ),
+    ],
+)
+def test_what_a_method_of_ones_own_lacks_is_told_before_a_run(tmp_path, capsys, body, words, told):
+    make_world(tmp_path)
+    (tmp_path / "mine.py").write_text(METHOD + body)
+    try:
+        assert main([str(tmp_path / "tiny.yaml"), "--method", str(tmp_path / "mine.py"), *words, "--dry-run"]) == 2
+    finally:
+        del method_options()["mine-own"], METHODS["mine-own"]
+    assert told in capsys.readouterr().err
+
+
 def test_an_unknown_preset(capsys):
     assert main(["math", "--model-preset", "llama-3.2-8b", "--dry-run"]) == 2
     assert "--model-preset: no preset 'llama-3.2-8b' (did you mean 'llama-3.2-3b'?)" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_null.trainer.checkpoints import Base
 from lora_null.trainer.methods import Method, MicroBatch
+from lora_null.trainer.methods.base import check_terms
 from lora_null.trainer.trl_internals import loss_of_labeled_positions
 from lora_null.utils.errors import UserError
 
@@ -57,7 +58,9 @@ class LossTermsMixin(Base):
         # `Trainer.training_step` divides an unscaled loss by the accumulation steps; a term is a share: undo that.
         scale = 1 if self._loss_is_scaled(num_items_in_batch) else self._micro_batch.count
         loss, *rest = found if return_outputs else (found,)
-        for name, term in self.method.extra_loss(self, model, self._micro_batch).items():
+        added = self.method.extra_loss(self, model, self._micro_batch)
+        check_terms(self.method, added)
+        for name, term in added.items():
             loss = loss + (scale * term.weight) * term.value.to(loss.device)
             steps = self._terms.setdefault(name, {})
             steps[step] = steps.get(step, 0.0) + term.value.detach()

@@ -69,7 +69,7 @@ from lora_null.trainer.methods import (
     check_trainer,
     method_of,
 )
-from lora_null.trainer.methods.base import can_start_in_files
+from lora_null.trainer.methods.base import can_start_in_files, check_rule
 from lora_null.trainer.optimizers import OptimizerMixin
 from lora_null.trainer.preflight import (
     Mode,
@@ -494,6 +494,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         """Return what the model starts from, out of a folder or computed; None for nothing."""
         options, layers = self.init_options_here(), self.method.layers(self.model)
         rule = None if self._already_trained else self.method.rule_for(options)
+        check_rule(self.method, rule)
         rule = after_earlier(rule, options.earlier, options.knowledge)
         finished = self._finished_start(resuming)
         if finished is not None:

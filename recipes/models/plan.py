@@ -19,10 +19,11 @@ from lora_null.recipes.config.schema import MethodSection, Recipe, parse_count
 from lora_null.recipes.environment import is_under_deepspeed
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_stored
+from lora_null.start import InitOptions
 from lora_null.targets import add_adapter, check_not_bypassed, shape_of
 from lora_null.trainer.decay import check_decay_to_start, check_optimizer
 from lora_null.trainer.methods import METHODS, Method, check_base, check_trainer, make_method
-from lora_null.trainer.methods.base import distinct_inputs
+from lora_null.trainer.methods.base import check_rule, distinct_inputs
 from lora_null.trainer.preflight import check_linears, check_targets
 from lora_null.utils.errors import UserError, first_line, nearest
 
@@ -174,6 +175,7 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
             f"{recipe.model.dtype}; leave it out, or model.dtype=float32"
         )
     method.check(model)
+    check_rule(method, method.rule_for(InitOptions()))
     layers = method.layers(model)
     trainable = _count(model, method.trainable(model))
     saved = sum(p.numel() for p in empty_model(model_config, recipe.model).parameters())

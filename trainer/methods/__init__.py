@@ -44,7 +44,16 @@ from transformers import TrainingArguments
 from lora_null.config import LoraNullConfig, ResidualLoraConfig
 from lora_null.layer import active_adapter, is_started
 from lora_null.trainer.decay import optimizer_name, steps_in_backward
-from lora_null.trainer.methods.base import METHODS, Method, MicroBatch, Term, adapter_parameters, is_plain_lora, method
+from lora_null.trainer.methods.base import (
+    METHODS,
+    Method,
+    MicroBatch,
+    Term,
+    adapter_parameters,
+    check_types,
+    is_plain_lora,
+    method,
+)
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.model_state import start_that_rewrites
 
@@ -92,9 +101,11 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
         if key not in known:
             raise UserError(f"method.options.{name}: no option {key!r}{nearest(key, known) if known else ''}")
     try:
-        return kind(**options)
+        made = kind(**options)
     except TypeError:
         raise UserError(f"method.options.{name}: a value is of the wrong type in {options}") from None
+    check_types(made, options)
+    return made
 
 
 def method_of(model: nn.Module) -> Method:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
@@ -33,13 +35,24 @@ METHODS: dict[str, type[Method]] = {}
 RANK, RANK_ASKED = ("r", "lora_alpha"), ("use_rslora", "rank_pattern", "alpha_pattern")
 OURS = __name__.rpartition(".")[0] + "."  # the modules of the methods of this package
 PAIRS = (("extra_loss", "terms"), ("compute", "training_batches"))  # of which one does nothing without the other
+# A run keeps what is a method's in a folder of its name, beside what has these names; a name that ends in .py is a file's.
+NAME = re.compile(
+    r"(?!(base|cells|tasks|init|dial)$|checkpoint-|.*\.(py|md|html|png|jsonl?|ya?ml)$)[a-z0-9][a-z0-9_.-]*"
+)
+# Entries of the log that are not a term's.
+LOGGED = re.compile(
+    r"(train_|eval|drift_|rewards?\W|reward_|log(ps|its)\W).*|loss|step|epoch|seconds|learning_rate|grad_norm|(num_)?tokens"
+    r"|entropy|mean_token_accuracy"
+)
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
 
 
 def method(kind: type[Method]) -> type[Method]:
     """Enter a subclass of `Method` in the table, as a dataclass whose fields are the method's options.
 
     Raises:
-        UserError: a class that defines one of `PAIRS` alone, or has no name of its own: it would take another's place.
+        UserError: a class that defines one of `PAIRS` alone, or has no name of its own: it would take another's place. A name
+            that is another thing's in a run's folder, or a term's in its log.
     """
     if not isinstance(vars(kind).get("name"), str):
         raise UserError(
@@ -48,6 +61,17 @@ def method(kind: type[Method]) -> type[Method]:
     replaced = METHODS.get(kind.name, kind)
     if replaced.__module__.startswith(OURS) and not kind.__module__.startswith(OURS):
         raise UserError(f"{kind.__name__}: {kind.name!r} is the name of a method of this package; give it another")
+    if not NAME.fullmatch(kind.name):
+        raise UserError(
+            f"{kind.__name__}: {kind.name!r} cannot name a folder of a run; take small letters, digits, '-', '_' and '.', "
+            "and no name of its other files"
+        )
+    if isinstance(kind.terms, str):
+        raise UserError(f"{kind.__name__}: terms is a text; write terms = ({kind.terms!r},)")
+    if taken := next(filter(LOGGED.fullmatch, kind.terms), None):
+        raise UserError(
+            f"{kind.__name__}: the term {taken!r} is the name of another entry of the log; give it another"
+        )
     for pair in PAIRS:
         own = [name for name in pair if getattr(kind, name) != getattr(Method, name)]
         if len(own) == 1:
@@ -296,6 +320,42 @@ def check_option(holds: bool, where: str, what: str, value: Any) -> None:
     """Raise a UserError for an option of a method, `where`, that is not `what` it has to be."""
     if not holds:
         raise UserError(f"method.options.{where}: must be {what}, not {value}")
+
+
+def check_types(holder: Method, given: Mapping[str, Any]) -> None:
+    """Raise a UserError for an option of another type than its annotation, of those that a recipe can write."""
+    try:
+        hints = get_type_hints(type(holder)) if given else {}
+    except NameError:  # an annotation that type checkers alone can read
+        return
+    for name, value in given.items():
+        kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, UnionType) else (hints[name],)
+        if {*kinds} <= KINDS.keys():
+            fits = type(value) in kinds or (type(value) is int and float in kinds)
+            check_option(fits, f"{holder.name}.{name}", " or ".join(KINDS[kind] for kind in kinds), value)
+
+
+def check_rule(holder: Method, rule: Any) -> None:
+    """Raise a UserError for what `rule_for` returned, where it is neither None nor a `lora_null.solver.Rule`."""
+    lacking = [name for name in ("label", "needs_gram", "of_input") if not hasattr(rule, name)]
+    if rule is not None and lacking:
+        raise UserError(
+            f"method: what rule_for of {holder.name} returns has no {' and no '.join(lacking)}, see lora_null.solver.Rule"
+        )
+
+
+def check_terms(holder: Method, found: Any) -> None:
+    """Raise a UserError for what `extra_loss` returned, where it is no scalar `Term` by each of its `terms`' names."""
+    wrong = next((name for name in found if name not in holder.terms), None) if isinstance(found, dict) else None
+    if wrong is not None:
+        raise UserError(
+            f"method: extra_loss of {holder.name} returns {wrong!r}, which its terms do not name{nearest(wrong, holder.terms)}"
+        )
+    terms = found.values() if isinstance(found, dict) else (found,)
+    if not all(isinstance(term, Term) and torch.is_tensor(term.value) and term.value.numel() == 1 for term in terms):
+        raise UserError(
+            f"method: extra_loss of {holder.name} has to return {{name: Term(value, weight)}} with tensors of one number"
+        )
 
 
 def check_no_dora(method: Method, model: nn.Module) -> None:
