@@ -425,7 +425,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "revision": recipe.model.revision,
         "dtype": recipe.model.dtype,
         "quantization": recipe.model.quantization,
-        "mixed_precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "no",
+        "mixed_precision": training.mixed_precision,
         "attention": attention(recipe.model, job.config),
         **{key: text for task in job.tasks for key, text in task.report_notes().items()},
     }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
+from accelerate.utils import patch_environment
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -65,9 +67,12 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         )
     options |= {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed} | replaced
     try:
-        found = TRAINERS[recipe.trainer].config(**options)
+        # the launcher's would stand where neither bf16 nor fp16 is true
+        with patch_environment(ACCELERATE_MIXED_PRECISION="no"):
+            found = TRAINERS[recipe.trainer].config(**options)
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"training: {first_line(error)}") from None
+    _tell_other_precision(found.mixed_precision)
     _check_batch_sharing(found)
     if isinstance(found, DPOConfig):
         _check_smoothing(found)
@@ -75,6 +80,17 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         print_once(f"device      one of {found.n_gpu} GPUs; accelerate launch -m lora_null.recipes … trains on all")
         take_one_gpu(found)
     return found
+
+
+def _tell_other_precision(taken: str) -> None:
+    """Say that the launcher's precision is not taken; its "no" is also what a launcher says that was not asked."""
+    launchers = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launchers.lower() not in ("no", taken):
+        own = "float32" if taken == "no" else taken
+        print_once(
+            f"precision   {own}, as training.bf16 and training.fp16 say, not the launcher's "
+            f"(ACCELERATE_MIXED_PRECISION={launchers})"
+        )
 
 
 def _check_batch_sharing(training: SFTConfig | DPOConfig) -> None:

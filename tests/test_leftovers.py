@@ -515,6 +515,16 @@ def test_auto_takes_what_the_processor_computes(native, monkeypatch, capsys, tmp
     assert recipe.training["bf16"] is False and "precision   float32: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("own, launchers, taken", [
+    (False, "bf16", "no"), (False, "fp8", "no"), (True, "fp8", "bf16"), (True, "no", "bf16"), (True, "bf16", "bf16"),
+])  # fmt: skip
+def test_the_recipes_precision_stands_over_the_launchers(own, launchers, taken, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
+    made = run.training_arguments(load_recipe("quickstart", [f"training.bf16={own}"]), tmp_path)
+    assert made.mixed_precision == taken  # with which the trainer makes its accelerator
+    assert (f"(ACCELERATE_MIXED_PRECISION={launchers})" in capsys.readouterr().out) is (launchers not in ("no", taken))
+
+
 def test_auto_asks_a_gpu_itself(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     for native in (True, False):
