@@ -5,9 +5,11 @@ import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trl
@@ -22,6 +24,7 @@ from lora_null.recipes.commands.arguments import build_parser
 from lora_null.recipes.config.parsed_sources import CONFIGS, method_options, training_types
 from lora_null.recipes.config.schema import JudgeSection
 from lora_null.trainer.methods import METHODS
+from lora_null.utils.errors import UserError
 
 SLOW = ("torch", "transformers", "trl", "peft", "datasets", "lm_eval", "matplotlib", "scipy", "pandas", "accelerate")
 WATCH = """
@@ -212,3 +215,19 @@ def test_words_may_stand_before_the_recipe(capsys):
     assert main(["train", "seed=3", "quickstart", "data.limit=7", "--print-config"]) == 0
     found = yaml.safe_load(capsys.readouterr().out)
     assert (found["name"], found["seed"], found["data"]["limit"]) == ("quickstart", 3, 7)
+
+
+def test_a_backend_of_the_users_own_figures_is_not_asked_for(monkeypatch, capsys):
+    monkeypatch.setenv("MPLBACKEND", "TkAgg2")  # at which importing matplotlib ends in a ValueError
+    assert main(["--list"]) == 0 and os.environ["MPLBACKEND"] == "agg"
+
+
+def test_a_matplotlibrc_that_cannot_be_read_is_one_line(monkeypatch):
+    def find_spec(name, *_):
+        if name == "matplotlib":
+            b"\xff".decode()
+
+    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=find_spec), *sys.meta_path])
+    with pytest.raises(UserError, match=r"matplotlib: 'utf-8' codec can't decode byte 0xff .*mend or remove its"):
+        runpy.run_path(str(Path(recipes_main.__file__).with_name("report") / "drawing.py"))

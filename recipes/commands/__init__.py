@@ -80,3 +80,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     quiet()
     return exit_status(run)
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files; a user's own backend may be none here, and end the import

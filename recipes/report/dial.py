@@ -8,7 +8,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, Field
 
 from lora_null.eval_harness import Metric
-from lora_null.recipes.report.drawing import colors_of
+from lora_null.recipes.report.drawing import colors_of, default_look
 from lora_null.recipes.report.figures import dial_png, dial_svg
 from lora_null.recipes.report.headline import Measure, forgetting, learning
 from lora_null.recipes.report.table import Table, build_table, escape_markdown
@@ -92,6 +92,7 @@ def dial_picture(dial: Dial, color: str) -> Markup | None:
     return dial_svg(*dial.measures(), [point.strength for point in dial.points], display_name(dial.method), color)
 
 
+@default_look
 def write_dial(folder: Path, dial: Dial) -> None:
     """Write dial.json, dial.md and dial.png into a folder."""
     label, color = display_name(dial.method), colors_of([dial.method])[dial.method]

@@ -16,9 +16,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
+
+from lora_null.utils.errors import UserError
+
+try:
+    import matplotlib
+except ValueError as error:  # a matplotlibrc in another encoding, which matplotlib has named
+    raise UserError(f"matplotlib: {error}; mend or remove its matplotlibrc") from None
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -46,6 +52,8 @@ MARKERS = tuple(GLYPHS)
 NEAR = 20  # a distance in CIELAB below which two colors are easily taken for each other
 LOG_FROM = 30  # a span of values beyond this factor is drawn on a logarithmic axis
 READABLE = 4.5  # the least contrast of text to its ground (WCAG 2, AA)
+# Around all that draws: a user's matplotlibrc is for figures of the user's own, and may ask for a LaTeX that is not here.
+default_look = matplotlib.rc_context({k: v for k, v in matplotlib.rcParamsDefault.items() if k != "backend"})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lora_null.recipes.comparisons import Evaluations, compare, noise_of, read_evaluations
 from lora_null.recipes.config.run_folder import RECIPE_FILE
-from lora_null.recipes.report.drawing import palette, variable
+from lora_null.recipes.report.drawing import default_look, palette, variable
 from lora_null.recipes.report.figures import (
     card_png,
     curves_picture,
@@ -50,6 +50,7 @@ CURVES = (("loss", "Training loss"), ("drift_mean", "Drift of the layers' output
 CURVES += (("reward_margin", "Reward margin"), ("reward_accuracy", "Reward accuracy"))  # DPO
 
 
+@default_look
 def write_report(output_dir: str | Path, results: Results | None = None, name: str = "report") -> None:
     """Write the files of the report (for a grid also `magnitude.png`) from what lies in `output_dir`; equal inputs give equal bytes.
 

@@ -7,6 +7,7 @@ import re
 import struct
 from html.parser import HTMLParser
 
+import matplotlib
 import pytest
 import torch
 from rich.console import Console
@@ -725,7 +726,10 @@ def test_rebuilding_gives_the_same_bytes(tmp_path):
     write(tmp_path, measured())
     names = ("report.md", "report.html", "forgetting.png", "card.png")
     before = [(tmp_path / name).read_bytes() for name in names]
-    write_report(tmp_path)
+    theirs = {"font.size": 30, "savefig.bbox": "tight", "text.usetex": True, "lines.linewidth": 9}
+    with matplotlib.rc_context(theirs):  # of a matplotlibrc, on a machine without LaTeX
+        write_report(tmp_path)
+        assert matplotlib.rcParams["font.size"] == 30
     assert before == [(tmp_path / name).read_bytes() for name in names]
 
 
