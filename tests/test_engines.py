@@ -251,7 +251,8 @@ def test_the_index_of_a_process_alone_silences_nothing(monkeypatch, capsys):
 
     monkeypatch.setenv("RANK", "1")
     assert exit_status(mistaken) == 2 and "error: a mistake" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # left with it, and no process's beside this one
+    assert exit_status(mistaken) == 2 and "error: a mistake" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert exit_status(mistaken) == 2 and capsys.readouterr().err == ""
     monkeypatch.setenv("LOCAL_RANK", "0")  # the first process of another machine

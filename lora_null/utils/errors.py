@@ -90,11 +90,12 @@ def exit_status(command: Callable[[], int | None]) -> int:
 def launched_index() -> int:
     """Return which of several processes a launcher has started this one as, those that work apart from then on too.
 
-    A RANK without a WORLD_SIZE is a leftover.
+    A RANK without a WORLD_SIZE or a LOCAL_RANK, which launchers give too, is a leftover, and this process alone.
     """
     if WORKER in os.environ:
         return int(os.environ[WORKER])
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ
+    return int(os.environ.get("RANK", 0)) if several else 0
 
 
 def _tell(message: str, head: str = "error: ") -> None:
