@@ -8,9 +8,12 @@ shards a model over its processes (FSDP, DeepSpeed), and several machines, work 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -35,6 +38,7 @@ JOINED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate reads them
 SHARDING_VARIABLES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 MEETING_SECONDS = 1800.0  # that processes wait for each other, as Transformers has it; NCCL's own are 600
+TELL_SECONDS = 10.0  # until a process says that it waits for the others
 LOG_SECONDS = 10.0  # between two states of a bar in a log
 
 
@@ -51,26 +55,27 @@ def check_launcher() -> None:
             )
 
 
-def join_processes(seconds: float | None = None) -> None:
+def join_processes(seconds: float | None = None, *, cpu: bool = False) -> None:
     """Join the other processes of this run, if there are any, on the device that it computes on.
 
     Args:
         seconds: for which they may wait for each other (`training.ddp_timeout`); MEETING_SECONDS when not given.
+        cpu: compute on the CPU, whatever is here.
 
     Raises:
         UserError: the port where they meet is taken, nobody answers there, or DeepSpeed is launched and not installed.
     """
     port = os.environ.get("MASTER_PORT")
     check_launcher()
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "the launcher's configuration asks for DeepSpeed, which is not installed; pip install deepspeed, or unset "
+            "ACCELERATE_USE_DEEPSPEED if no launcher is meant"
+        )
     choose_device()
     try:
-        PartialState(timeout=timedelta(seconds=seconds or MEETING_SECONDS))
-    except ImportError as error:
-        if "deepspeed" not in str(error).lower():
-            raise
-        raise UserError(
-            "the launcher's configuration asks for DeepSpeed, which is not installed; pip install deepspeed"
-        ) from None
+        with _waiting():
+            PartialState(cpu, timeout=timedelta(seconds=seconds or MEETING_SECONDS))
     except DistNetworkError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
@@ -81,6 +86,32 @@ def join_processes(seconds: float | None = None) -> None:
             f"the first process does not answer at {os.environ.get('MASTER_ADDR')}:{port}; check --main_process_ip, "
             "the port and the firewall"
         ) from None
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+    """Say after a while whom this process waits for, and let signals end it: while PyTorch waits, no handler of ours runs."""
+    timer = threading.Timer(TELL_SECONDS, _tell_of_waiting)
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
+    timer.daemon = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["LOCAL_RANK"] == "0":  # one line a machine
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _tell_of_waiting() -> None:
+    others = int(os.environ["WORLD_SIZE"]) - 1
+    tqdm.write(
+        f"waiting for {others} other process{'es' * (others > 1)} at {os.environ['MASTER_ADDR']}:"
+        f"{os.environ['MASTER_PORT']}; unset {', '.join(JOINED_BY)} if no launcher is meant",
+        file=sys.stderr,
+    )
 
 
 def is_launched_to_shard() -> bool:

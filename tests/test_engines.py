@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
 import socket
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
-from engine_worlds import FEWER_METHODS, REFUSED, world, worlds_of
+from engine_worlds import FEWER_METHODS, REFUSED, begin, free_port, world, worlds_of
 from launched import CONFIGURATIONS, arguments_of, environment_of
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -24,6 +27,7 @@ from world import make_world
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, start
 from lora_null.adapters.plain import check_saved_adapter, save_plain_adapter
+from lora_null.recipes import processes
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.processes import join_processes
 from lora_null.recipes.training import training_arguments
@@ -224,9 +228,30 @@ def test_a_port_in_use_is_one_line(refusal_of):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
-def test_deepspeed_that_is_not_there_is_one_line(refusal_of):
-    place = {**LAUNCHED, "WORLD_SIZE": "1", "MASTER_PORT": "29400", "ACCELERATE_USE_DEEPSPEED": "true"}
-    assert "DeepSpeed, which is not installed" in refusal_of(place)
+@pytest.mark.parametrize("place", [{**LAUNCHED, "WORLD_SIZE": "1", "MASTER_PORT": "29400"}, {}])
+def test_deepspeed_that_is_not_there_is_one_line(refusal_of, place):
+    assert "DeepSpeed, which is not installed" in refusal_of({**place, "ACCELERATE_USE_DEEPSPEED": "true"})
+
+
+def wait_for_another(words):
+    """Join with a handler as the command has it, which cannot run while PyTorch waits."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    processes.TELL_SECONDS = 0.1
+    return join(words)
+
+
+def test_a_process_that_waits_says_for_whom_and_can_be_stopped(tmp_path):
+    place, said = {**LAUNCHED, "WORLD_SIZE": "3", "MASTER_PORT": str(free_port())}, tmp_path / "said.txt"
+    (process,) = begin(1, [f"{key}={value}" for key, value in place.items()], said, run=wait_for_another)
+    until = time.monotonic() + 60
+    while process.is_alive() and time.monotonic() < until and not (said.is_file() and said.stat().st_size):
+        time.sleep(0.05)
+    process.terminate()
+    process.join(10)
+    process.kill()
+    assert process.exitcode == -signal.SIGTERM
+    told = f"waiting for 2 other processes at 127.0.0.1:{place['MASTER_PORT']}; unset RANK, WORLD_SIZE, LOCAL_RANK, "
+    assert said.read_text().startswith(told)
 
 
 @pytest.mark.parametrize(

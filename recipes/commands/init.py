@@ -23,10 +23,11 @@ from lora_null.recipes.config.schema import (
     parse_section,
 )
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows
-from lora_null.recipes.environment import choose_device, computes_bf16, precision_line
+from lora_null.recipes.environment import computes_bf16, precision_line
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, load_tokenizer, open_base, resolve_name
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.recipes.output import check_place, check_space
+from lora_null.recipes.processes import join_processes
 from lora_null.targets import add_adapter, check_layers
 from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
 from lora_null.utils.distributed import is_first_process, together
@@ -45,8 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--quantization: not with --low-memory, which reads the weights as they are")
     if (arguments.out / "adapter").exists():
         raise UserError(f"--out: {arguments.out} holds an adapter already, choose another folder")
-    choose_device()
-    state = PartialState(cpu=arguments.device == "cpu")
+    join_processes(cpu=arguments.device == "cpu")
+    state = PartialState()
     if arguments.dtype == "auto":
         native = computes_bf16()
         arguments.dtype = "bfloat16" if native else "float32"
