@@ -231,3 +231,32 @@ def test_a_matplotlibrc_that_cannot_be_read_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=find_spec), *sys.meta_path])
     with pytest.raises(UserError, match=r"matplotlib: 'utf-8' codec can't decode byte 0xff .*mend or remove its"):
         runpy.run_path(str(Path(recipes_main.__file__).with_name("report") / "drawing.py"))
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_a_reader_that_leaves_changes_nothing(options, tmp_path):
+    """As in `lora-null train … | head -1`: the command goes on, and its status is its own; any other pipe's end is told."""
+    code = r"""
+import os, sys
+from lora_null.utils.errors import exit_status
+def command():
+    sys.stdin.readline()  # until the readers have left
+    print("more\n" * 9999, flush=True)
+    print("more", file=sys.stderr)
+    open("done", "w").close()
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        os.write(writer, b"x")
+    except BrokenPipeError:
+        return 3
+sys.exit(exit_status(command))
+"""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, *options, "-c", code], cwd=tmp_path, env=environment, **pipes) as process:
+        process.stdout.close()
+        process.stderr.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+    assert process.returncode == 3 and (tmp_path / "done").exists()

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -59,13 +60,43 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else f" (choose from: {', '.join(valid)})"
 
 
+class _Output(io.FileIO):
+    """Stdout or stderr, whose reader may leave, as `head` does: what is written from then on goes nowhere.
+
+    So no command stops half-way because nobody reads on. Another pipe or socket that is closed is still an error.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return super().write(data)
+
+
+def _outlive_readers() -> None:
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)
+        if not isinstance(old, io.TextIOWrapper) or old is not getattr(sys, f"__{name}__"):
+            continue  # another one's, as a test's
+        old.flush()
+        raw = _Output(old.fileno(), "w", closefd=False)
+        buffer = raw if isinstance(old.buffer, io.FileIO) else io.BufferedWriter(raw)  # python -u has no buffer
+        new = io.TextIOWrapper(buffer, old.encoding, old.errors, None, old.line_buffering, old.write_through)
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
+
+
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command; return its status: 2 for a user's mistake, 1 for a full disk, each told in one line on stderr; 130
     for Ctrl-C.
 
     Of many processes it is told once per machine. Any other exception is a fault of ours and keeps its traceback. What the
-    encoding of stdout lacks is printed as "?".
+    encoding of stdout lacks is printed as "?". A reader of stdout or stderr that leaves, as `head` does, changes nothing.
     """
+    _outlive_readers()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
