@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,6 +187,7 @@ def test_accelerate_alone_on_a_cpu_is_told_of_torchrun(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert len(done.stderr.splitlines()) == 1 and "torchrun --nproc_per_node N -m lora_null.recipes" in done.stderr
+    assert "ACCELERATE_USE_CPU and MASTER_PORT are set" in done.stderr  # maybe left by another command
 
 
 def test_the_judge_has_the_defaults_of_a_recipe():
@@ -231,6 +233,16 @@ def test_a_matplotlibrc_that_cannot_be_read_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=find_spec), *sys.meta_path])
     with pytest.raises(UserError, match=r"matplotlib: 'utf-8' codec can't decode byte 0xff .*mend or remove its"):
         runpy.run_path(str(Path(recipes_main.__file__).with_name("report") / "drawing.py"))
+
+
+def test_no_folder_for_temporary_files_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    assert main(["check", "adapter"]) == 2
+    line = (
+        "error: No usable temporary directory found in ['/nowhere']; free some space, or set TMPDIR to a folder that "
+    )
+    assert capsys.readouterr().err.startswith(line)
 
 
 @pytest.mark.parametrize("options", [[], ["-u"]])

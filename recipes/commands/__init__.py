@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 
@@ -69,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         name = arguments.command or "train"  # without a command: --list
         try:
+            tempfile.gettempdir()  # which TRL asks for as it is imported
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{error.strerror}; free some space, or set TMPDIR to a folder that can be written"
+            ) from None
+        try:
             with uncollected():
                 command = importlib.import_module(f"{__name__}.{name}")
             return command.run(arguments)
@@ -78,6 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read once, when PyTorch loads: threads that wait for each other sleep. By default they spin, and on cores that other
     # work shares with them a training step then takes several times longer.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files; a user's own backend may be none here, and end the import
     quiet()
     return exit_status(run)
-    os.environ["MPLBACKEND"] = "agg"  # pictures are files; a user's own backend may be none here, and end the import

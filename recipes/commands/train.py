@@ -67,8 +67,8 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if on_cpu and "MASTER_PORT" in os.environ and not any(name in os.environ for name in RANK_VARIABLES):
         # Without an MPI host file accelerate (1.15) starts one process on a CPU, whatever number it is asked for.
         raise UserError(
-            "accelerate launch --cpu has started one of several processes; use "
-            "torchrun --nproc_per_node N -m lora_null.recipes …"
+            "ACCELERATE_USE_CPU and MASTER_PORT are set, as where accelerate launch --cpu starts one of several processes; "
+            "use torchrun --nproc_per_node N -m lora_null.recipes …, or unset MASTER_PORT if no launcher is meant"
         )
     if arguments.dry_run:
         _go_offline_without_a_network()
