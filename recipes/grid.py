@@ -176,7 +176,7 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
     passes = (False, True) if processes.workers() > 1 and processes.is_first_worker() else (False,)
     for wait, cell in itertools.product(passes, cells):
         with processes.hold_run_folder(root / cell.folder, wait=wait) as held:
-            if not held or on_first_process(lambda cell=cell: output.is_finished(root / cell.folder)):
+            if not held or on_first_process(lambda cell=cell: output.is_reported(root / cell.folder)):
                 continue
             own = cell.recipe(recipe, root)
             on_first_process(lambda own=own: output.claim(own, resume=True, overwrite=False))

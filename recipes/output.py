@@ -26,6 +26,7 @@ from lora_null.recipes.config.run_folder import (
 )
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.results import EVAL_FILE, RESULTS_FILE, ROW_FILE, load_results, validated
+from lora_null.recipes.trained import lost_of, weights_in
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.utils.distributed import all_gather, on_first_process
 from lora_null.utils.errors import UserError
@@ -51,12 +52,29 @@ OWN_FILES += ("unfinished.md", "unfinished.html", "unfinished.png")
 OWN_FILES += (RESULTS_FILE, SKIPPED_FILE, INPUTS_FILE, RECIPE_FILE)  # the recipe last: it marks the folder as a run's
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether the folder holds a finished run: the report is written last, of a grid after each of its runs."""
-    if not (folder / PAGE_FILE).is_file():
+def is_reported(folder: Path) -> bool:
+    """Return whether a run has come to its end: results and report are written last, of a grid after each of its runs."""
+    if not all((folder / name).is_file() for name in (RESULTS_FILE, PAGE_FILE)):
         return False
-    grid = load_results(folder).grid if (folder / RESULTS_FILE).is_file() else None
+    grid = load_results(folder).grid
     return grid is None or grid.is_finished
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether the folder holds a finished run and all that its methods have left: else --resume brings it back.
+
+    Of a grid the reports alone tell: who removes the weights of some of many runs does not want them trained again.
+    """
+    if not is_reported(folder):
+        return False
+    results = load_results(folder)
+    if results.grid is not None:
+        return True
+    if results.sequence is None:
+        return not any(lost_of(folder / row.method, row) for row in results.rows[1:])
+    whole = (row for row in results.rows[1:] if row.variant is None)  # the others ended in an earlier task
+    tasks = (task for task in (folder / TASKS_FOLDER).glob("*") if is_of_run(task / RECIPE_FILE))
+    return all(row.diverged or weights_in(folder / row.method) for row in whole) and all(map(is_finished, tasks))
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ from lora_null.recipes.report.dial import DIAL_FOLDER
 from lora_null.recipes.results import (
     EVAL_FILE,
     LOG_FILE,
+    ROW_FILE,
     Drift,
     Magnitude,
     Results,
@@ -65,6 +66,7 @@ from lora_null.recipes.results import (
     write_row,
 )
 from lora_null.recipes.side_by_side import side_by_side
+from lora_null.recipes.trained import lost_of
 from lora_null.recipes.training import TRAINERS, optimizer_steps, total_batch, training_arguments
 from lora_null.start import InitOptions
 from lora_null.store import REPORT_FILE, read_report
@@ -154,7 +156,8 @@ def _write_windows(job: Job) -> Windows:
 def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
     """Train and evaluate one method; a finished one is read back."""
     folder = job.folder / plan.name
-    if (finished := on_first_process(lambda: read_row(folder))) is not None:  # whose file system has it first
+    finished = on_first_process(lambda: _finished_row(job, folder))  # whose file system has it first
+    if finished is not None:
         return finished
     reset_peak_memory()
     trainer = _make_trainer(job, plan, folder)
@@ -180,6 +183,18 @@ def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
             print(f"{plan.name}: {row.budget.sentence()}")
     PartialState().wait_for_everyone()
     return row
+
+
+def _finished_row(job: Job, folder: Path) -> Row | None:
+    """Return the row of a finished method; of one that is not finished, or no longer whole, there is none afterward."""
+    row = read_row(folder)
+    lost = row and lost_of(folder, row, keeps_weights=job.keep_weights)
+    if not lost:
+        return row
+    begins = "goes on from its last checkpoint" if last_checkpoint(folder) else "is trained again"
+    logger.warning(f"{folder}: was finished and its {lost} is gone; the method {begins}")
+    (folder / ROW_FILE).unlink()
+    return None
 
 
 def _init_before(job: Job, plan: MethodPlan, folder: Path) -> float:

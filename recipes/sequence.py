@@ -193,13 +193,9 @@ def with_earlier(recipe: Recipe, job: Job, before: Sequence[Job]) -> Job:
 
 
 def _goes_on(folder: Path) -> bool:
-    """Return whether a later task can go on from METHOD: saved, and diverged neither in training nor evaluation."""
-
-    def goes_on() -> bool:
-        row = read_row(folder)
-        return weights_in(folder) is not None and (row is None or row.diverged is None)
-
-    return on_first_process(goes_on)  # whose file system has it first
+    """Return whether a later task can go on from METHOD: it diverged neither in training nor evaluation."""
+    row = on_first_process(lambda: read_row(folder))  # whose file system has it first
+    return row is None or row.diverged is None
 
 
 def _uses_grams(recipe: Recipe, name: str) -> bool:
@@ -296,10 +292,14 @@ def of_method(results: Results, method: str) -> Row:
 
 
 def _whole_row(method: str, found: Sequence[Results]) -> Row:
-    """Return a method's row after the last task that it was trained on, named if it diverged, with the time of all."""
+    """Return a method's row after the last task that it was trained on, with the time of all.
+
+    It names that task where the method diverged there, or where it is not the last one.
+    """
     stages = [stage for stage in found if any(row.method == method for row in stage.rows)]
     rows = [of_method(stage, method) for stage in stages]
-    named = {} if rows[-1].diverged is None else {"variant": f"in {stages[-1].recipe}"}
+    where = f"{'after' if rows[-1].diverged is None else 'in'} {stages[-1].recipe}"
+    named = {} if rows[-1].diverged is None and stages[-1] is found[-1] else {"variant": where}
     seconds = {key: sum(getattr(row.seconds, key) or 0 for row in rows) for key in Seconds.model_fields}
     peaks = [row.peak_memory_bytes for row in rows if row.peak_memory_bytes is not None]
     whole: dict[str, Any] = {"seconds": Seconds(**seconds), "peak_memory_bytes": max(peaks, default=None)}

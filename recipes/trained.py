@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +17,10 @@ from lora_null.adapters.inspection import check_copies, check_modules
 from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.adapters.saved import read_adapter
 from lora_null.recipes.config.load import read_yaml
-from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE, TASKS_FOLDER, is_of_run
+from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE, TASKS_FOLDER, is_of_run, whole_of
 from lora_null.recipes.config.schema import ModelSection, parse_section
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, resolve_name
+from lora_null.recipes.results import EVAL_FILE, Row, read_row
 from lora_null.utils.errors import UserError, first_line, nearest
 
 LAST_WRITTEN = {"adapter": CONFIG_FILE, "model": "tokenizer_config.json"}  # what is written last
@@ -31,8 +33,18 @@ BASE_FILES = ["*.safetensors", "*.json", *TOKENIZER]
 
 
 def weights_in(home: Path) -> Path | None:
-    """Return RUN/METHOD/adapter or RUN/METHOD/model, what a method left; None where it kept nothing."""
-    return next((home / kind for kind in LAST_WRITTEN if (home / kind).is_dir()), None)
+    """Return RUN/METHOD/adapter or RUN/METHOD/model, what a method left; None where it kept nothing, or it is gone."""
+    written = (home / kind for kind, mark in LAST_WRITTEN.items() if (home / kind / mark).is_file())
+    return next((folder for folder in written if any(folder.glob("*.safetensors"))), None)
+
+
+def lost_of(home: Path, row: Row, *, keeps_weights: bool = True) -> str | None:
+    """Return what a finished method, by its row, has left in RUN/METHOD and is gone; None where all is there."""
+    if row.diverged is not None:
+        return None
+    if row.metrics and not (home / EVAL_FILE).is_file():
+        return EVAL_FILE
+    return "adapter or model" if keeps_weights and weights_in(home) is None else None
 
 
 @dataclass
@@ -118,7 +130,7 @@ def find_trained(folder: Path, base: str | None = None, *, trust: bool = False) 
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give RUN/METHOD, such as runs/quickstart/lora-null-v2")
-    folder = folder.resolve()
+    folder = _in_its_run(folder)
     if folder.name in LAST_WRITTEN and is_of_run(folder.parent.parent / RECIPE_FILE):
         folder = folder.parent  # whose recipe knows more of it
     recipe_file = folder.parent / RECIPE_FILE
@@ -130,10 +142,27 @@ def find_trained(folder: Path, base: str | None = None, *, trust: bool = False) 
     recipe = read_yaml(recipe_file)
     kind = next((kind for kind, mark in LAST_WRITTEN.items() if (folder / kind / mark).is_file()), None)
     if kind is None:
-        raise UserError(f"{folder}: holds neither an adapter nor a model yet; finish the run with --resume")
+        raise UserError(f"{folder}: {_why_empty(folder)}")
     section = {**recipe.get("model", {})} | ({"name_or_path": base, "revision": None} if base else {})
     section |= {"trust_remote_code": True} if trust else {}
     return Trained(folder.parent, folder.name, kind, recipe, Base(parse_section(ModelSection, "model", section)))
+
+
+def _in_its_run(folder: Path) -> Path:
+    """Return a folder's own path; that of the link to it where the link alone lies in a run, as of a method on another disk."""
+    real, named = folder.resolve(), Path(os.path.abspath(folder))
+    of_run = [any(is_of_run(parent / RECIPE_FILE) for parent in list(path.parents)[:2]) for path in (real, named)]
+    return named if of_run == [False, True] else real
+
+
+def _why_empty(home: Path) -> str:
+    """Say why RUN/METHOD holds no weights."""
+    row = read_row(home)
+    if row is not None and row.diverged is not None:
+        return f"diverged at step {row.diverged} and left no weights"
+    if row is not None and CELLS_FOLDER in home.relative_to(whole_of(home.parent)).parts:
+        return "holds no weights: the grid kept none (grid.keep_weights), or they were removed"
+    return "holds neither an adapter nor a model yet; finish the run with --resume"
 
 
 def check_holds_one_result(folder: Path) -> None:

@@ -21,8 +21,9 @@ from lora_null.recipes.card import license_of, write_run_card
 from lora_null.recipes.commands.arguments import build_parser
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.run_folder import MARK
-from lora_null.recipes.results import Budget, Results, Row
+from lora_null.recipes.results import Budget, Results, Row, write_row
 from lora_null.recipes.trained import find_trained
+from lora_null.utils.errors import UserError
 
 Q, K = (f"base_model.model.model.layers.0.self_attn.{name}_proj" for name in "qk")
 
@@ -200,6 +201,39 @@ def test_the_folder_of_a_run_and_an_adapter_of_another_kind(base, tmp_path, caps
     assert "a run; give one of its methods (choose from: oft)" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "run"), "--resume"]) == 2
     assert f"is the folder of a run; give {tmp_path / 'run' / 'recipe.yaml'}" in capsys.readouterr().err
+
+
+def test_a_method_on_another_disk_is_one_of_the_run_that_links_to_it(adapter, base, tmp_path):
+    run = tmp_path / "run"
+    for folder in (run, tmp_path / "disk"):
+        folder.mkdir()
+    (run / "recipe.yaml").write_text(MARK + json.dumps({"model": {"name_or_path": str(base)}}))
+    adapter.rename(tmp_path / "disk" / "adapter")
+    (run / "lora").symlink_to(tmp_path / "disk")
+    (tmp_path / "best").symlink_to(run / "lora")
+    for named in (run / "lora", run / "lora" / "adapter"):
+        found = find_trained(named)
+        assert (found.run, found.method, found.folder) == (run, "lora", run / "lora" / "adapter")
+    (run / "lora").unlink()
+    (tmp_path / "disk").rename(run / "lora")
+    assert find_trained(tmp_path / "best").run == run
+
+
+def test_why_a_method_has_no_weights(tmp_path):
+    for name in ("out", "out/cells/seed=0"):
+        (tmp_path / name / "lora").mkdir(parents=True)
+        (tmp_path / name / "recipe.yaml").write_text(MARK + "model: {name_or_path: x}")
+    run, cell = tmp_path / "out" / "lora", tmp_path / "out" / "cells" / "seed=0" / "lora"
+    for row, folder, told in (
+        (None, run, "neither an adapter nor a model yet; finish the run with --resume"),
+        (Row(method="lora", diverged=2), run, "diverged at step 2 and left no weights"),
+        (Row(method="lora"), run, "finish the run with --resume"),
+        (Row(method="lora"), cell, r"the grid kept none \(grid.keep_weights\), or they were removed"),
+    ):
+        if row is not None:
+            write_row(folder, row)
+        with pytest.raises(UserError, match=told):
+            find_trained(folder)
 
 
 def test_a_base_with_code_of_its_own(adapter, base, tmp_path, capsys, monkeypatch):

@@ -20,6 +20,8 @@ from world import make_world
 from lora_null.recipes import run as recipes_run
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.callbacks import SaveOnSignal, WriteLog
+from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.output import check_output_folder
 from lora_null.recipes.results import Row, write_row
 from lora_null.trainer.checkpoints import BEGUN_FILE, is_whole, last_checkpoint, mark_complete, remove_old
 from lora_null.utils.errors import UserError, exit_status
@@ -214,6 +216,22 @@ def test_damage_costs_steps_and_nothing_else(finished, tmp_path, damage):
     assert outcome(folder / "out") == outcome(finished / "out")
     assert not list((folder / "out").rglob("*.part"))
     assert [json.loads(line)["step"] for line in (method / "train_log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_that_has_lost_something_is_none(finished, tmp_path, capsys):
+    out, recipe = tmp_path / "out", load_recipe(str(finished / "tiny.yaml"), output_dir=str(tmp_path / "out"))
+    shutil.copytree(finished / "out", out)
+    for lost in ("adapter", "adapter/adapter_model.safetensors", "eval.json", "../results.json"):
+        (out / "lora-null-v1" / lost).rename(tmp_path / "lost")
+        with pytest.raises(UserError, match="holds an unfinished run; --resume continues it"):
+            check_output_folder(recipe, resume=False, overwrite=False)
+        (tmp_path / "lost").rename(out / "lora-null-v1" / lost)
+    with pytest.raises(UserError, match="holds a finished run"):
+        check_output_folder(recipe, resume=True, overwrite=False)
+    (out / "lora-null-v1" / "adapter" / "adapter_model.safetensors").unlink()
+    assert main([str(out / "recipe.yaml"), "--resume"]) == 0
+    assert "lora-null-v1: was finished and its adapter or model is gone; the method goes" in capsys.readouterr().err
+    assert outcome(out) == outcome(finished / "out")
 
 
 def test_two_runs_never_write_one_folder(tmp_path, capsys):

@@ -257,6 +257,7 @@ def test_output_folder_in_use(fails, tmp_path):
     assert "unfinished run; --resume continues it" in fails()
     assert "has another recipe: name was null" in fails("--resume")
     (out / "report.html").write_text("done")
+    (out / "results.json").write_text('{"schema": 1, "recipe": "tiny", "model": "m", "rows": [{"method": "base"}]}')
     assert "finished run; --overwrite replaces it" in fails()
     assert (out / "thesis.tex").read_text() == "years of work"
 

@@ -381,6 +381,38 @@ def test_a_sequence_that_is_broken_off_ends_in_the_same_bits(finished, tmp_path,
     assert main([*words, *WORDS]) == 2  # finished
 
 
+def test_what_is_lost_of_a_sequence_is_done_again_and_leaves_no_method_behind(finished, tmp_path, capsys):
+    """Of a finished one, and of one that was stopped after its first task."""
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    for lost in ("tasks/1-numbers/lora-null-v2/adapter", "tasks/2-letters/lora-null-v2", "lora-null-v1/adapter"):
+        shutil.rmtree(out / lost)
+    for lost in ("lora/eval.json", "results.json"):
+        (out / "tasks" / "1-numbers" / lost).unlink()
+    (out / "tasks" / "2-letters" / "report.html").unlink()
+    assert main(["train", str(out / "recipe.yaml"), "--resume"]) == 0
+    said = capsys.readouterr().err
+    assert f"{out}/tasks/1-numbers/lora: was finished and its eval.json is gone" in said
+    assert "lora-null-v2: was finished and its adapter or model is gone; the method goes on from its last" in said
+    for method in METHODS.split(","):
+        name = f"{method}/adapter/adapter_model.safetensors"
+        assert (out / name).read_bytes() == (finished / "out" / name).read_bytes()
+    one, other = (json.loads((f / "out" / "results.json").read_text()) for f in (tmp_path, finished))
+    assert one["sequence"] == other["sequence"] and [row["method"] for row in one["rows"]] == [
+        row["method"] for row in other["rows"]
+    ]
+
+
+def test_a_row_of_an_earlier_task_names_it(finished, tmp_path):
+    """As an earlier version left them, which took a method without weights for one that had diverged."""
+    shutil.copytree(finished / "out", tmp_path / "out")
+    recipe = load_recipe(str(tmp_path / "out" / "recipe.yaml"))
+    jobs = [check_run(stage, base=tmp_path / "out" / "base") for stage in stage_recipes(recipe)]
+    last = load_results(jobs[1].folder)
+    write_results(jobs[1].folder, last.model_copy(update={"rows": last.rows[:-1]}))
+    assert collect(recipe, jobs).labels()[1:] == ["LoRA", "LoRA-Null-v1", "LoRA-Null-v2 (after numbers)"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
