@@ -228,12 +228,9 @@ def compute_start(
     if hook := hook_in(model):
         key = broadcast(uuid.uuid4().hex[:24])  # which no other run asks for
         logger.warning(f"initialization: computed anew and not kept in a cache, which could not tell what {hook} does")
-    cached = options.cache and hook is None and _can_write_cache()
-    path = store.cached_folder(key) if cached else folder
+    cached = options.cache and hook is None
     with own_precision(model), contextlib.ExitStack() as locks:
-        if cached:
-            on_first_process(lambda: locks.enter_context(store.in_use(path)))
-        done = on_first_process(lambda: _finished_parts(path, key))
+        path, done = on_first_process(lambda: _find(key, folder, locks, cached=cached))
         _report_reuse(done, adapted, path)
         if rule is not None:
             solver = LayerSolver(layers, adapter_name, rule)
@@ -380,6 +377,31 @@ def check_made_for(
             )
 
 
+def _find(
+    key: str, folder: Path | None, locks: contextlib.ExitStack, *, cached: bool
+) -> tuple[Path | None, dict[str, LayerResult]]:
+    """Return where the parts of an initialization are to be written, and those that are there.
+
+    That is the cache's folder, held by `locks`, where one is asked for and this user may write there. From a cache that can
+    only be read a complete initialization is copied.
+    """
+    place = store.cached_folder(key) if cached else None
+    if place is not None:
+        try:
+            locks.enter_context(store.in_use(place))
+            return place, _finished_parts(place, key)
+        except OSError as error:  # another user's folder, or a file in it
+            told = f"{cache_root()} cannot be written" if not store.can_keep() else f"{place}: {error.strerror}"
+            logger.warning(f"initialization: not kept, {told} ($LORA_NULL_CACHE names another place)")
+        with contextlib.suppress(OSError, UserError):
+            if store.read_report(place)["key"] == key:
+                done = store.read_parts(place)
+                if folder is not None:
+                    store.copy_store(place, folder)
+                return folder, done
+    return folder, _finished_parts(folder, key)
+
+
 def _finished_parts(path: Path | None, key: str) -> dict[str, LayerResult]:
     """Return the parts that lie in the folder for this very initialization; what is there for another is removed."""
     if path is None:
@@ -414,16 +436,6 @@ def _key(
             "initialization: adapter, calibration batches or settings differ between the processes; give all the same"
         )
     return keys[0]
-
-
-def _can_write_cache() -> bool:
-    """Return whether the cache can be written; a line says so where it cannot. All processes call it."""
-    able = on_first_process(store.can_keep)
-    if not able:
-        logger.warning(
-            f"initialization: not kept, {cache_root()} cannot be written ($LORA_NULL_CACHE names another place)"
-        )
-    return able
 
 
 def _report_reuse(done: Mapping[str, LayerResult], adapted: Mapping[str, LoraLayer], path: Path | None) -> None:

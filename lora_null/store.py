@@ -201,8 +201,9 @@ def prune_cache(keep: Path) -> None:
         if keep.is_dir():
             os.utime(keep)
         folders = sorted(keep.parent.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
-        for folder in folders[KEPT:]:
-            if not any(_is_held(lock) for lock in folder.glob(".*.used")):
+        for age, folder in enumerate(folders):
+            held = [lock for lock in folder.glob(".*.used") if _is_held(lock)]
+            if age >= KEPT and not held:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -212,8 +213,10 @@ def _cache_lock() -> FileLock:
 
 
 def _is_held(lock: Path) -> bool:
+    """Return whether a process holds the lock on a folder in use; one that a killed process has left is removed."""
     try:
         with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
+            lock.unlink(missing_ok=True)
+        return False
+    except (Timeout, OSError):  # another user's, which only that user's runs can tell
         return True

@@ -23,9 +23,11 @@ from lora_null.recipes.data.calibration import Source
 from lora_null.recipes.models.bases import attention, base_to_run, model_identity
 from lora_null.recipes.results import EVAL_FILE
 from lora_null.trainer import CalibrationArgs, own_texts
-from lora_null.utils.distributed import is_first_process, on_first_process
+from lora_null.utils.distributed import get_logger, is_first_process, on_first_process
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import cache_root, hash_of, keep_newest, link, replacing_folder, write_json
+
+logger = get_logger(__name__)
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "math-verify")
 MAX_BASES, MAX_TEXTS = 16, 32  # the most entries that are kept; the longest unused goes first
@@ -64,16 +66,21 @@ def base_key(recipe: Recipe, model_name: str, tasks: Sequence[Task], limit: int 
 def fetch_base(key: str, target: Path, references: Sequence[str]) -> bool:
     """Put the kept evaluation and its reference files into a run's base folder; return whether there was a whole one."""
     kept = bases_folder() / key
-    if not all((kept / name).is_file() for name in (EVAL_FILE, *references)):
-        shutil.rmtree(kept, ignore_errors=True)  # makes room for one that is whole
+    try:
+        if not all((kept / name).is_file() for name in (EVAL_FILE, *references)):
+            shutil.rmtree(kept, ignore_errors=True)  # makes room for one that is whole
+            return False
+        # Not the lock of a folder, which is held in it.
+        files = [file for file in kept.rglob("*") if file.is_file() and file.name[0] != "."]
+        for file in files:
+            file.open("rb").close()  # or a link would be as closed to this user as the file is
+    except OSError as error:
+        logger.warning(f"base: measured again, {error.filename} of the cache cannot be read ({error.strerror})")
         return False
     target.mkdir(parents=True, exist_ok=True)
-    # eval.json comes last: it says that the copy is whole.
-    for file in sorted(kept.rglob("*"), key=lambda file: file.name == EVAL_FILE):
-        if file.is_file() and file.name[0] != ".":  # as the lock of a folder is, which is held in it
-            link(file, target / file.relative_to(kept))
-    with contextlib.suppress(OSError):  # another user's, in a cache that several share
-        os.utime(kept)
+    for file in sorted(files, key=lambda file: file.name == EVAL_FILE):  # which says that the copy is whole
+        link(file, target / file.relative_to(kept))
+    _touch(kept)
     return True
 
 
@@ -134,10 +141,16 @@ def _texts_key(section: ModelSection, name: str, source: Source, count: int, cut
 def _read_texts(path: Path) -> list[str] | None:
     try:
         texts = json.loads(path.read_text(encoding="utf-8"))
-        os.utime(path)
-        return texts
     except (OSError, ValueError):
         return None
+    _touch(path)
+    return texts
+
+
+def _touch(path: Path) -> None:
+    """Let an entry be the newest, unless it is another user's, in a cache that several share."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 def _keep_texts(path: Path, texts: list[str]) -> None:

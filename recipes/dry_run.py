@@ -48,6 +48,7 @@ def dry_run(recipe: Recipe, *, allow_code_execution: bool | str = False) -> Job:
     check = functools.partial(check_grid, seen, cells) if cells else functools.partial(check_run, seen)
     job = together(functools.partial(check, **options))
     size = space_of_grid(recipe, cells, job) if cells else space_of_run(job)
+    output.check_cache(recipe, dry=True)
     free = output.check_space(Path(recipe.output_dir), size)
     if is_first_process():
         training = training_arguments(recipe, Path(recipe.output_dir))

@@ -97,8 +97,8 @@ def hold_output_folder(
     with contextlib.ExitStack() as stack:
 
         def claim_and_lock() -> Path:
+            check_cache(recipe)
             _check_writable(folder)
-            _check_writable(cache_root(), "LORA_NULL_CACHE")
             if not stack.enter_context(locked(folder)):
                 raise UserError(f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir")
             claim(recipe, resume=resume, overwrite=overwrite)
@@ -127,13 +127,22 @@ def check_space(folder: Path, size: int, named: str = "output_dir") -> int:
     """Return the bytes that are free where the folder is, or will be; nothing is written.
 
     Raises:
-        UserError: fewer than `size`, or the folder or the cache cannot be made or written; it begins with `named`.
+        UserError: fewer than `size`, or the folder cannot be made or written; it begins with `named`.
     """
-    check_place(cache_root(), "LORA_NULL_CACHE")
     free = shutil.disk_usage(check_place(folder, named)).free
     if free < size:
         raise UserError(f"{named}: {folder} has {free / 1e9:.1f} GB free, this run needs about {size / 1e9:.1f} GB")
     return free
+
+
+def check_cache(recipe: Recipe, *, dry: bool = False) -> None:
+    """Raise a UserError where a recipe keeps something between runs and the cache cannot be written; `dry` writes nothing."""
+    if not (recipe.calibration.cache or recipe.eval.cache):
+        return
+    try:
+        (check_place if dry else _check_writable)(cache_root(), "LORA_NULL_CACHE")
+    except UserError as error:
+        raise UserError(f"{error}; calibration.cache=false eval.cache=false do without it") from None
 
 
 def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:

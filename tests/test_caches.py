@@ -2,17 +2,19 @@
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_tokenizer
 from world import make_world
 
-from lora_null.recipes import caches, measure
+from lora_null.recipes import caches, measure, output
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
-from lora_null.utils.files import keep_newest
+from lora_null.utils.errors import UserError
+from lora_null.utils.files import cache_root, keep_newest
 
 OPTIONS = ["--method", "lora", "training.max_steps=1", "training.save_strategy=no", "eval.cache=true"]
 
@@ -117,6 +119,56 @@ def test_the_newest_evaluations_are_kept(tmp_path, monkeypatch):
     (tmp_path / "eval.json").write_text("{}")
     caches.keep_base("d", tmp_path, SimpleNamespace(settings={"tasks": {}}))
     assert {path.name for path in caches.bases_folder().iterdir()} == {"c", "d"}
+
+
+def closed(path, *_, **__):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def test_another_users_evaluation_that_is_closed_is_measured_again(tmp_path, monkeypatch, capsys):
+    """A link would be as closed; of a folder that is closed not even the names are known."""
+    (caches.bases_folder() / "theirs").mkdir(parents=True)
+    (caches.bases_folder() / "theirs" / "eval.json").write_text("{}")
+    for name in ("open", "is_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, closed)
+            assert not caches.fetch_base("theirs", tmp_path / "base", [])
+        assert "theirs/eval.json of the cache cannot be read (Permission denied)" in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
+
+
+def test_another_users_texts_are_taken_though_they_cannot_be_touched(tmp_path, monkeypatch):
+    (tmp_path / "texts.json").write_text('["one"]')
+    monkeypatch.setattr(os, "utime", closed)
+    assert caches._read_texts(tmp_path / "texts.json") == ["one"]
+
+
+@pytest.mark.parametrize("variable", ["LORA_NULL_CACHE", "XDG_CACHE_HOME", None])
+def test_a_cache_needs_a_home_where_no_variable_names_it(tmp_path, monkeypatch, variable):
+    for name in ("HOME", "LORA_NULL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError))
+    if variable is None:
+        with pytest.raises(
+            UserError, match="LORA_NULL_CACHE: is not set, and there is no home folder; set it, or HOME"
+        ):
+            cache_root()
+    else:
+        monkeypatch.setenv(variable, str(tmp_path))
+        assert cache_root() == (tmp_path if variable == "LORA_NULL_CACHE" else tmp_path / "lora_null")
+
+
+def test_a_cache_is_asked_for_where_it_is_used_alone(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path / "file" / "cache"))
+    output.check_space(tmp_path / "out", 1)
+    recipe = load_recipe(str(make_world(tmp_path)), ["calibration.cache=false"])
+    output.check_cache(recipe)
+    recipe.calibration.cache = True
+    with pytest.raises(
+        UserError, match=r"LORA_NULL_CACHE: cannot .*; calibration.cache=false eval.cache=false do without"
+    ):
+        output.check_cache(recipe)
 
 
 def test_another_users_evaluation_is_taken_though_it_cannot_be_touched(tmp_path, monkeypatch):

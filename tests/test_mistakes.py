@@ -269,6 +269,7 @@ def test_output_that_cannot_be_written(fails, tmp_path, monkeypatch):
         patch.setenv("LORA_NULL_CACHE", str(tmp_path / "file" / "cache"))
         for words in ([], ["--dry-run"]):
             assert "LORA_NULL_CACHE: cannot write to" in fails(*words)
+            assert not (tmp_path / "out").exists()
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "cannot write to" in fails() and "No space left on device" in fails()
 

@@ -441,6 +441,40 @@ def test_the_fingerprint_of_any_dtype_and_layout():
         assert fingerprint([("x", tensor)]) == digest.hexdigest()[:16]
 
 
+@pytest.mark.parametrize("closed", ["in_use", "clear_others"])
+def test_an_equal_one_is_read_from_a_cache_that_is_closed(closed, tmp_path, fresh_cache, monkeypatch, capsys):
+    """Another user's folder, where no lock can be made, or with a file that cannot be read: then it is computed anew."""
+    found, report = start(cache=True)
+    refuse = PermissionError(13, "Permission denied")
+    act = getattr(store, closed)
+
+    def refusing(folder, *rest):
+        if folder == fresh_cache / report.key:
+            raise refuse
+        return act(folder, *rest)
+
+    monkeypatch.setattr(store, closed, refusing)
+    if closed == "clear_others":
+        read = store.read_parts
+        monkeypatch.setattr(
+            store, "read_parts", lambda folder: refusing(folder) if folder.parent == fresh_cache else read(folder)
+        )
+    for folder in (tmp_path / "init", None):
+        again, _ = start(folder, cache=True)
+        said = capsys.readouterr().err
+        assert f"initialization: not kept, {fresh_cache / report.key}: Permission denied" in said
+        assert same(found, again) and ("initialization: reused" in said) == (closed == "in_use")
+    assert len(load_initialization(tmp_path / "init", wrapped())[0].layers) == 14
+
+
+def test_locks_of_killed_runs_are_removed(fresh_cache):
+    _, report = start(cache=True)
+    (fresh_cache / report.key / ".dead.used").touch()
+    with store.in_use(fresh_cache / "other"):
+        store.prune_cache(fresh_cache / "other")
+        assert [path.parent.name for path in fresh_cache.rglob("*.used")] == ["other"]
+
+
 def test_no_folder_in_use_is_pruned(tmp_path, fresh_cache, monkeypatch):
     """Nine runs at once, of which the first to end prunes: each still leaves its whole result."""
     monkeypatch.setattr(store, "KEPT", 2)

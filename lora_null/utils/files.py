@@ -25,9 +25,16 @@ _held: dict[Path, tuple[int, int] | None] = {}  # folder locked by this process 
 
 
 def cache_root() -> Path:
-    """Return the package's cache: $LORA_NULL_CACHE, or lora_null in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LORA_NULL_CACHE") or Path(base) / "lora_null").expanduser()
+    """Return the package's cache: $LORA_NULL_CACHE, or lora_null in the user's cache folder.
+
+    Raises:
+        UserError: no variable says where that is, and the user has no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(os.environ.get("LORA_NULL_CACHE") or Path(base, "lora_null")).expanduser()
+    except RuntimeError:  # as of a user id without a name, in a container
+        raise UserError("LORA_NULL_CACHE: is not set, and there is no home folder; set it, or HOME") from None
 
 
 @contextlib.contextmanager
