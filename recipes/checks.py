@@ -144,7 +144,10 @@ def check_weights(model: ModelSection, name: str) -> None:
             raise UserError(f"model.name_or_path: {folder} lacks {file}, which {index.name if index else 'it'} names")
         if file.endswith(".safetensors"):
             try:
+                (folder / file).open("rb").close()  # safetensors says of a file closed to the user that there is none
                 safe_open(folder / file, "pt")
+            except OSError as error:
+                raise UserError(f"model.name_or_path: cannot read {folder / file} ({error.strerror})") from None
             except SafetensorError as error:
                 raise UserError(f"model.name_or_path: the weights of {folder} are damaged ({file}: {error})") from None
 

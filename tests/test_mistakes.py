@@ -16,7 +16,7 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.models import bases
 from lora_null.recipes.models.plan import MethodPlan, plan_methods
 from lora_null.recipes.sequence import check_stages
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, exit_status
 
 
 @pytest.fixture
@@ -272,6 +272,34 @@ def test_output_that_cannot_be_written(fails, tmp_path, monkeypatch):
             assert not (tmp_path / "out").exists()
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "cannot write to" in fails() and "No space left on device" in fails()
+
+
+def test_what_is_closed_to_the_user(fails, tmp_path, monkeypatch, capsys):
+    def opened(path, *rest, **more):
+        if path.name in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, *rest, **more)
+
+    def walked(top, onerror, **_):
+        onerror(PermissionError(13, "Permission denied", str(top)))
+        return ()
+
+    monkeypatch.setattr("pathlib.Path.open", opened)
+    closed = ["model.safetensors"]
+    assert f"model.name_or_path: cannot read {tmp_path / 'model' / closed[0]} (Permission denied)" in fails()
+    closed.clear()
+    monkeypatch.setattr("os.walk", walked)
+    assert f"cannot read or write {tmp_path} (Permission denied)" in fails(f"data.path={tmp_path}")
+    monkeypatch.undo()
+    for number in (1, 13, 30):
+        refused = OSError(number, "x", "/a/file")
+
+        def wrapped(refused=refused):
+            raise ValueError("a data set that cannot be made") from refused
+
+        assert exit_status(wrapped) == 2 and "error: cannot read or write /a/file (" in capsys.readouterr().err
+    with pytest.raises(PermissionError):
+        exit_status(lambda: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
 
 
 def test_gated_model(fails, monkeypatch):

@@ -90,8 +90,8 @@ def _outlive_readers() -> None:
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command; return its status: 2 for a user's mistake, 1 for a full disk, each told in one line on stderr; 130
-    for Ctrl-C.
+    """Run a command; return its status: 2 for a user's mistake or a file that is closed to the user, 1 for a full disk, each
+    told in one line on stderr; 130 for Ctrl-C.
 
     Of many processes it is told once per machine. Any other exception is a fault of ours and keeps its traceback. What the
     encoding of stdout lacks is printed as "?". A reader of stdout or stderr that leaves, as `head` does, changes nothing.
@@ -110,6 +110,10 @@ def exit_status(command: Callable[[], int | None]) -> int:
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             _tell(f"no file or folder has a name as long as {error.filename}")  # pyright: ignore[reportAttributeAccessIssue]
+            return 2
+        refused = next(filter(None, map(_why_refused, _causes(error))), None)
+        if refused is not None:
+            _tell(refused)
             return 2
         reason = next(filter(None, map(_why_not_written, _causes(error))), None)
         if reason is None:
@@ -133,6 +137,14 @@ def _tell(message: str, head: str = "error: ") -> None:
     """Print a message once per machine: a mistake may be one machine's alone, as a file that is not there."""
     if launched_index() == 0 or os.environ.get("LOCAL_RANK") == "0":
         tqdm.write(f"{head}{message}", file=sys.stderr)  # on a line of its own, whatever bar was running
+
+
+def _why_refused(error: BaseException) -> str | None:
+    """Return what an exception tells of a file that this user may not read or write."""
+    number, file = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number not in (errno.EACCES, errno.EPERM, errno.EROFS) or not isinstance(file, str | os.PathLike):
+        return None
+    return f"cannot read or write {os.fspath(file)} ({os.strerror(number)})"
 
 
 def _why_not_written(error: BaseException) -> str | None:

@@ -23,9 +23,12 @@ def files_below(folder: Path) -> list[Path]:
     """Return the files in a folder and its folders, sorted; nothing hidden, and nothing of a run whose folder is among them.
 
     Folders that links lead to are among them, each once, unless they lie in this one, or it in them.
+
+    Raises:
+        PermissionError: a folder that this user may not read, instead of leaving out what it holds.
     """
     root, seen, found = folder.resolve(), set(), []
-    for name, folders, files in os.walk(folder, followlinks=True):
+    for name, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         place = Path(name)
         real = place.resolve()
         around = place.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real))
@@ -36,6 +39,11 @@ def files_below(folder: Path) -> list[Path]:
         folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
         found += [place / file for file in files if not file.startswith(".") and (place / file).is_file()]
     return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    if isinstance(error, PermissionError):
+        raise error
 
 
 def whole_of(folder: Path) -> Path:
