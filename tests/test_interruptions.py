@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import sys
+import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +53,26 @@ def test_sigterm_outside_training_ends_at_once(tmp_path):
     recipe, said = make_world(tmp_path, method={"name": "lora", "rank": 4}), tmp_path / "said.txt"
     assert world(1, [str(recipe)], said, run=end_before_training) == [143]
     assert "Traceback" not in said.read_text()
+
+
+def drop_a_sigterm(words):
+    """What the handler raises in a callback of a weak reference, Python drops."""
+
+    def evaluate_base(job):
+        referred = set()
+        reference = weakref.ref(referred, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        del referred
+        assert reference() is None
+        time.sleep(20)
+
+    recipes_run.evaluate_base = evaluate_base
+    return main(words)
+
+
+def test_a_sigterm_that_python_drops_is_sent_again(tmp_path):
+    recipe, said = make_world(tmp_path, method={"name": "lora", "rank": 4}), tmp_path / "said.txt"
+    assert world(1, [str(recipe)], said, run=drop_a_sigterm) == [143]
+    assert "Traceback" not in said.read_text() and "Exception ignored" not in said.read_text()
 
 
 def test_a_training_that_begins_twice_gives_the_signals_back():

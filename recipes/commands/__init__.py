@@ -7,6 +7,7 @@ typo do not wait for PyTorch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
@@ -14,12 +15,14 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lora_null.recipes.commands.arguments import ALLOW, JAILED, KEYS_AS_OPTIONS, NAMING, build_parser
 from lora_null.utils.errors import SIGTERM_STATUS, UserError, exit_status, nearest
 from lora_null.utils.imports import uncollected
 from lora_null.utils.quiet import quiet
+
+RAISED_AGAIN_AFTER = 0.1  # seconds
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -56,6 +59,33 @@ def _in_options(message: str, command: str) -> str:
     return message
 
 
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, of the status 143, so that nothing half-written is left behind.
+
+    Python drops what is raised in a finalizer, or in the callback of a weak reference: then the signal is sent once more,
+    when that is over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    tell = sys.unraisablehook
+
+    def dropped(what: sys.UnraisableHookArgs) -> None:
+        if not isinstance(what.exc_value, SystemExit) or what.exc_value.code != SIGTERM_STATUS:
+            return tell(what)
+        again = threading.Timer(RAISED_AGAIN_AFTER, os.kill, (os.getpid(), signal.SIGTERM))
+        again.daemon = True
+        again.start()
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))
+    sys.unraisablehook = dropped
+    try:
+        yield
+    finally:
+        sys.unraisablehook = tell
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0 done, 2 a user's mistake, told in one line on stderr.
 
@@ -65,8 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int | None:
         if sys.platform == "win32":
             raise UserError("the commands run on Linux and macOS; on Windows in WSL")
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))  # leaves nothing half-written behind
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         name = arguments.command or "train"  # without a command: --list
         try:
@@ -76,9 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{error.strerror}; free some space, or set TMPDIR to a folder that can be written"
             ) from None
         try:
-            with uncollected():
-                command = importlib.import_module(f"{__name__}.{name}")
-            return command.run(arguments)
+            with _ending_on_sigterm():
+                with uncollected():
+                    command = importlib.import_module(f"{__name__}.{name}")
+                return command.run(arguments)
         except UserError as error:
             raise type(error)(_in_options(str(error), name)) from None
 
