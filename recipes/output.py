@@ -278,7 +278,7 @@ def what_is_kept(folder: Path) -> str:
             kept.append(f"{method.relative_to(folder)} to step {checkpoint.name.rpartition('-')[2]}")
     if (folder / "base" / EVAL_FILE).is_file():
         kept.append("the base's evaluation")
-    return f"in {folder}: {', '.join(kept)}" if kept else f"nothing was finished in {folder} yet"
+    return f"kept in {folder}: {', '.join(kept)}" if kept else f"nothing was finished in {folder} yet"
 
 
 def remove_left(folder: Path) -> None:

@@ -353,6 +353,7 @@ MISTAKES = {
     "no rows": (["--data", "bad.jsonl"], "2 no complete JSON (rows 1, 2)"),
     "no good row": (["--data", "empty.jsonl"], "1 an empty turn of the user (row 1)"),
     "there already": (["--data", "rows.jsonl", "--out", "there.yaml"], "--out: there.yaml exists already"),
+    "a link to nothing": (["--data", "rows.jsonl", "--out", "link.yaml"], "--out: link.yaml exists already"),
     "no YAML": (["--data", "rows.jsonl", "--out", "there.json"], "--out: there.json is no YAML file"),
     "no folder": (["--data", "rows.jsonl", "--out", "there.yaml/mine.yaml"], "--out: cannot write to there.yaml"),
     "no option": (["--dta", "rows.jsonl"], "no option '--dta' (did you mean '--data'?)"),
@@ -369,11 +370,20 @@ def test_mistakes_in_one_line(world, capsys, mistake):
     Path("bad.jsonl").write_text("{broken\n{too\n")
     write_rows(Path("empty.jsonl"), [{"messages": [user(""), assistant("b")]}])
     Path("there.yaml").write_text("")
+    Path("link.yaml").symlink_to("nowhere")
     words, message = MISTAKES[mistake]
     before = set(Path().iterdir())
     assert main(["new", "--model", "model", *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1] and lines[-1].startswith("error: ") and set(Path().iterdir()) == before
+
+
+def test_a_home_folder_may_be_written_as_in_a_recipe(world, monkeypatch):
+    monkeypatch.setenv("HOME", str(world))
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(5)))
+    assert main(["new", "--model", "~/model/", "--data", "~/rows.jsonl"]) == 0
+    recipe = load_recipe("rows.yaml")
+    assert Path(recipe.model.name_or_path).samefile("model") and Path(recipe.data.path).samefile("rows.jsonl")
 
 
 def test_what_the_shipped_model_needs_is_said_before_its_download(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -179,10 +180,12 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: a model or data that cannot be read or is of no known format, or a file that is there already.
     """
+    for name in ("model", "data", "keep"):  # as the keys of a recipe are
+        setattr(arguments, name, getattr(arguments, name) and os.path.expanduser(getattr(arguments, name)))
     out = arguments.out or Path(f"{Path(arguments.data.rstrip('/')).stem or 'recipe'}.yaml")
     if out.suffix not in YAML_SUFFIXES:
         raise UserError(f"--out: {out} is no YAML file, such as {out.with_suffix('.yaml').name}")
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"--out: {out} exists already; choose another name")
     check_place(out.parent, "--out")
     draft, quoted = _draft(arguments, out), shlex.quote(str(out))

@@ -119,7 +119,7 @@ def _stopped(folder: Path, arguments: argparse.Namespace) -> tuple[str, str]:
     if is_launched_to_shard() or several_machines:  # by a configuration or addresses that are not known here
         launcher, told = "-m lora_null.recipes", "go on with the same launcher and"
     consent = {False: "", UNSAFE: f" {ALLOW}={UNSAFE}"}.get(arguments.allow_code_execution, f" {ALLOW}")
-    return f"stopped; kept {what_is_kept(folder)}", f"{told}: {resume_command(folder, launcher)}{consent}"
+    return f"stopped; {what_is_kept(folder)}", f"{told}: {resume_command(folder, launcher)}{consent}"
 
 
 def _go_offline_without_a_network() -> None:
