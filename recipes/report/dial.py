@@ -154,4 +154,5 @@ def dial_summary(dial: Dial, at_most: float | None = None) -> str:
         f"{dial.points[i].strength:g}: {change:.0%} of the learning, {forgot:.0%} of the forgetting"
         for i, change, forgot in dial.shares()
     ]
-    return "; ".join(lines) or f"{kept.title} from {kept.text(1)} to {kept.text(len(dial.points) - 1)}"
+    ends = dict.fromkeys((kept.text(1), kept.text(len(dial.points) - 1)))
+    return "; ".join(lines) or f"{kept.title}: {' to '.join(ends)}"
