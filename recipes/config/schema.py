@@ -956,7 +956,7 @@ def hint(wrong: str, known: Collection[str]) -> str:
         elsewhere = {path.rpartition(".")[2]: path for path in _paths()}
         meant = elsewhere.get(next(iter(difflib.get_close_matches(wrong, elsewhere, n=1, cutoff=0.8)), ""))
         if meant is None and len(known) > MAX_LISTED:
-            return " (recipes/README.md names every key)"
+            return f" ({Path(__file__).parents[1] / 'README.md'} names every key)"
     return f" (did you mean {meant!r}?)" if meant else nearest(wrong, known)
 
 
