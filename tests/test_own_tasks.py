@@ -249,6 +249,33 @@ def test_code_that_a_task_runs_itself_is_not_said_to_be_in_a_jail(own, tmp_path,
     }
 
 
+@pytest.mark.parametrize(
+    "code, data, told",
+    [
+        (
+            "from rules_beside import score",
+            "mine.jsonl",
+            "its code imports rules_beside, which lies beside it, where lm-eval",
+        ),
+        ("import nowhere_at_all", "mine.jsonl", "needs another package"),
+        (
+            "score = None",
+            "not_there.jsonl",
+            r"a file of its data is not there \(.*looks for data_files in the current folder",
+        ),
+    ],
+)
+def test_what_lies_beside_a_task_where_nobody_looks_is_said_to_be_there(own, tmp_path, monkeypatch, code, data, told):
+    monkeypatch.chdir(own)
+    text = TASK.format(name="mine", data=data, kind="generate_until", metric="acc")
+    (tmp_path / "mine.yaml").write_text(f"{text}process_results: !function code.score\n")
+    (tmp_path / "code.py").write_text(code)
+    (tmp_path / "rules_beside.py").write_text("def score(doc, results):\n    return {'acc': 1}\n")
+    (tmp_path / "not_there.jsonl").touch()
+    with pytest.raises(UserError, match=told):
+        validate_tasks([LmEvalTask("mine", include_path=str(tmp_path))])
+
+
 @pytest.mark.parametrize("name", ["humaneval", "mbpp", "cruxeval_input"])
 def test_lm_evals_own_code_tasks_need_the_consent_to_no_jail(name):
     with pytest.raises(UserError, match=r"without a jail; take sandbox_humaneval .*--allow-code-execution=unsafe"):
@@ -371,7 +398,7 @@ def test_questions_of_a_copy_that_are_trained_on_are_told(own, caplog):
         (["eval.task=[torn]", "eval.include_path={0}/torn"], "torn.yaml cannot be read as a task file (while parsing"),
         (["eval.include_path={0}/nowhere", "eval.task=[mine_lls]"], "eval.include_path: no folder"),
         (["eval.retention=[{0}/strange.jsonl]"], "has no question and answer under a usual name (its fields: foo)"),
-        (["eval.task=[{0}/broken/broken.yaml]"], "broken': its hub data set cannot be read (Unable to find '/nowhere.jsonl')"),
+        (["eval.task=[{0}/broken/broken.yaml]"], "broken': a file of its data is not there (Unable to find '/nowhere.jsonl'); lm-eval looks"),
     ],
 )  # fmt: skip
 def test_mistakes_in_them(own, capsys, words, message):

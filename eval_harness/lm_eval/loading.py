@@ -61,6 +61,12 @@ def load(task: LmEvalTask) -> TaskDict:
         with _seeded_as_lm_evals_command():
             loaded = _load_from_hub(task, manager) if task.path is None else _load_from_file(task, manager)
     except ImportError as error:
+        folders = {Path(found.yaml_path).parent for found in manager.task_index.values() if found.yaml_path}
+        if any((folder / f"{error.name}.py").is_file() for folder in folders):
+            raise UserError(
+                f"{task}: its code imports {error.name}, which lies beside it, where lm-eval does not look; put both into one "
+                "file, or the folder into PYTHONPATH"
+            ) from None
         raise UserError(f"{task} needs another package ({first_line(error)})") from error
     except UserError:
         raise
@@ -257,6 +263,11 @@ def _load_from_hub(task: LmEvalTask, manager: TaskManager) -> TaskDict:
     try:
         return manager.load(task.task)
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if type(error) is FileNotFoundError and task.include_path is not None:
+            raise UserError(
+                f"{task}: a file of its data is not there ({first_line(error)}); lm-eval looks for data_files in the current "
+                "folder: write the whole path in its YAML, or give the documents with path: FILE"
+            ) from None
         # No network, no such data set, or one that is a script, which datasets no longer runs.
         line = f"{task}: its hub data set cannot be read ({first_line(error)}); give a local copy with path: FILE"
         raise hub_error(line, error) from error
