@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from peft import get_peft_model
-from tiny import random_batches, save_tiny, tiny_model, tiny_tokenizer
+from tiny import logits, random_batches, save_tiny, tiny_model, tiny_tokenizer
 from trl import SFTConfig
 
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
@@ -19,7 +19,8 @@ from lora_null.layer import adapted_layers
 from lora_null.recipes.__main__ import main as recipes_command
 from lora_null.recipes.config.load import find, presets
 from lora_null.recipes.config.schema import Recipe
-from lora_null.trainer.methods import METHODS
+from lora_null.trainer import LoraNullSFTTrainer
+from lora_null.trainer.methods import METHODS, make_method
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("lora_null", "trainer", "eval_harness", "recipes", "tests")
@@ -207,8 +208,8 @@ def test_the_core_s_example(world):
 
 
 def test_the_trainer_s_examples(world):
-    """A mixin before another trainer, a saved v2 adapter that goes on, and a method of one's own."""
-    mixed, continued, defined, used = python_blocks("trainer/README.md")
+    """A mixin before another trainer, a saved v2 adapter that goes on, and methods of one's own."""
+    mixed, continued, defined, used, computed = python_blocks("trainer/README.md")
     exec(mixed, world)
     started = get_peft_model(tiny_model(), LoraNullConfig(r=4))
     initialize_lora_null_weights(started, random_batches())
@@ -223,6 +224,18 @@ def test_the_trainer_s_examples(world):
         save_tiny(Path("model"))
         exec(defined, world)
         exec(used, world)
+        exec(computed, world)
+        for name, rank in (("least-read", 4), ("first-columns", 8)):
+            chosen = make_method(name)
+            given = {key: getattr(world["trainer"], key) for key in ("args", "train_dataset", "processing_class")}
+            texts = {
+                "calibration_dataset": random_batches(),
+                "peft_config": chosen.config(r=4, target_modules="all-linear"),
+            }
+            trainer = LoraNullSFTTrainer(model=tiny_model(), method=chosen, **texts, **given)
+            trainer._prepare(resuming=False)
+            assert trainer.layer_report.layers and chosen.saved_rank(4) == rank
+            assert (logits(trainer.model) - logits(tiny_model())).abs().max() < 1e-4
     finally:
         METHODS.clear()
         METHODS.update(before)
