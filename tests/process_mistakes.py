@@ -120,7 +120,8 @@ def two_folders(folder):
         os.chdir(Path(here).parent)
         write_text(Path("out", "recipe.yaml"), "")
         output.claim, output.SHARED_SECONDS = lambda *_, **__: None, 0.5
-        with output.hold_output_folder(SimpleNamespace(output_dir="out"), 0, dict, resume=False, overwrite=False):
+        recipe = SimpleNamespace(output_dir="out", calibration=SimpleNamespace(cache=True))
+        with output.hold_output_folder(recipe, 0, dict, resume=False, overwrite=False):
             pass
 
 

@@ -317,7 +317,8 @@ def test_a_method_of_ones_own_may_be_mended_until_it_has_left_something(tmp_path
 def test_the_command_that_goes_on_has_the_consent_that_was_given(tmp_path, consent, said):
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "recipe.yaml").touch()
-    _, goes_on = _stopped(tmp_path / "a b", SimpleNamespace(allow_code_execution=consent))
+    kept, goes_on = _stopped(tmp_path / "a b", SimpleNamespace(allow_code_execution=consent))
+    assert kept == f"stopped; nothing was finished in {tmp_path}/a b yet"
     assert goes_on == f"go on with: lora-null train '{tmp_path}/a b/recipe.yaml' --resume{said}"
 
 
