@@ -239,18 +239,26 @@ def measure_in_parts(
 
 
 def measure_on_each(
-    model: nn.Module, modules: Mapping[str, nn.Module], sets: Sequence[Iterable[Mapping[str, Any]]], **options: Any
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    sets: Sequence[Iterable[Mapping[str, Any]]],
+    *,
+    progress: bool = True,
+    **options: Any,
 ) -> Iterator[list[tuple[InputStats, ...]]]:
     """Yield what modules read on several sets of batches, set by set for each input: of one layer after the other, or of all.
 
     Args:
         model, modules, options: as in `measure_in_parts`.
         sets: the sets of batches.
+        progress: show a progress bar, one for all of them.
     """
     with contextlib.ExitStack() as stack:
         walks = [
-            stack.enter_context(contextlib.closing(measure_in_parts(model, modules, batches, **options)))
-            for batches in sets
+            stack.enter_context(
+                contextlib.closing(measure_in_parts(model, modules, batches, **options, progress=shown))
+            )
+            for batches, shown in zip(sets, (progress, *[False] * len(sets)))
         ]
         for parts in zip(*walks, strict=True):
             first, *others = (part for _, part in parts)

@@ -184,7 +184,7 @@ def check_engine(
     """
     if fsdp == 1:
         raise UserError(
-            "fsdp_version: 1 cuts across the layers of an adapter; set it to 2 (recipes/accelerate/fsdp2.yaml)"
+            "fsdp_version: 1 cuts across the layers of an adapter; set it to 2, as in the package's recipes/accelerate/fsdp2.yaml"
         )
     if (
         fsdp is not None
