@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +47,9 @@ from lora_null.utils.files import (
 PAGE_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
 INPUTS_FILE = "inputs.json"  # hashes of what the recipe's paths hold
 METHOD_FILES = "method.files ({})"  # the name there of the files that a method of one's own is written in
+OF_METHOD = re.compile(r"method\.files \((?P<method>[^)]*)\)")  # with the task of a sequence or the settings of a grid
+ALL_METHOD_FILES = "method.files"  # the one name of all of them in runs of earlier versions
+REPAIRED = "{}-repaired"  # where `lora-null repair` leaves a method's adapter
 SHARED_SECONDS = 10.0
 MAX_LISTED = 3
 OWN_FILES = ("base", CELLS_FOLDER, TASKS_FOLDER, "report.md", PAGE_FILE, "forgetting.png", "magnitude.png", "card.png")
@@ -152,19 +157,26 @@ def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
     """
     path = folder / INPUTS_FILE
     before = validated(RootModel[dict[str, str]], read_json(path), str(path)).root if path.is_file() else {}
-    left = (path for pattern in (ROW_FILE, "checkpoint-*") for path in folder.rglob(pattern))
-    begun = {METHOD_FILES.format(path.parent.name) for path in left}
-    of_methods = {name for name in inputs if name.startswith(METHOD_FILES.format("")[:-1])}
+    if ALL_METHOD_FILES not in before:
+        inputs = {name: found for name, found in inputs.items() if name != ALL_METHOD_FILES}
+    begun = {path.parent.name for pattern in (ROW_FILE, "checkpoint-*") for path in _left(folder, pattern)}
+    of_methods = {name: found["method"] for name in inputs if (found := OF_METHOD.search(name))}
     changed = [name for name, found in inputs.items() if before.get(name, found) != found]
-    changed = [name for name in changed if name not in of_methods - begun]
+    changed = [name for name in changed if name not in of_methods or of_methods[name] in begun]
     if changed:
         more = f" and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
-        anew = "train it in a folder of its own" if of_methods.issuperset(changed) else "begin anew with --overwrite"
+        anew = "begin anew with --overwrite" if set(changed) - of_methods.keys() else "train it in a folder of its own"
         raise UserError(
             f"--resume: since the run in {folder} began, the content has changed of {', '.join(changed[:MAX_LISTED])}{more}; "
             f"put it back, or {anew}"
         )
     write_json(path, {**before, **inputs})  # a model of the hub has files only once it was downloaded
+
+
+def _left(folder: Path, pattern: str) -> Iterator[Path]:
+    """Yield what is called so in a run's folder, also in a method's folder that is a link."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        yield from (Path(place) / name for name in fnmatch.filter([*folders, *files], pattern))
 
 
 def _check_shared(folder: Path, mark: Path) -> None:
@@ -268,11 +280,11 @@ def _read_recipe(folder: Path) -> dict[str, Any]:
 
 def what_is_kept(folder: Path) -> str:
     """Return as text what a stopped run resumes with: finished methods, last checkpoints, the base's evaluation."""
-    finished = sorted(path.parent for path in folder.rglob(ROW_FILE))
+    finished = sorted(path.parent for path in _left(folder, ROW_FILE))
     names = [str(path.relative_to(folder)) for path in finished]
     named = f"{', '.join(names[:MAX_LISTED])}{', …' if len(names) > MAX_LISTED else ''}"
     kept = [f"{len(names)} finished ({named})"] if names else []
-    for method in sorted({path.parent for path in folder.rglob("checkpoint-*")} - set(finished)):
+    for method in sorted({path.parent for path in _left(folder, "checkpoint-*")} - set(finished)):
         checkpoint = last_checkpoint(method)
         if checkpoint is not None:
             kept.append(f"{method.relative_to(folder)} to step {checkpoint.name.rpartition('-')[2]}")
@@ -321,4 +333,6 @@ def _own(folder: Path) -> list[Path]:
     names = method.get("name") if isinstance(method, dict) else None
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     methods = (name for name in names if name not in ("", "..") and Path(name).name == name)
-    return [folder / name for name in (*methods, *OWN_FILES)]
+    return [folder / name for method in methods for name in (method, REPAIRED.format(method))] + [
+        folder / name for name in OWN_FILES
+    ]

@@ -93,7 +93,10 @@ def _waiting() -> Iterator[None]:
     """Say after a while whom this process waits for, and let signals end it: while PyTorch waits, no handler of ours runs."""
     timer = threading.Timer(TELL_SECONDS, _tell_of_waiting)
     in_main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}  # none that is ignored
+    for number in handlers:
+        signal.signal(number, signal.SIG_DFL)
     timer.daemon = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ["LOCAL_RANK"] == "0":  # one line a machine
         timer.start()

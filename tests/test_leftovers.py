@@ -313,6 +313,25 @@ def test_a_method_of_ones_own_may_be_mended_until_it_has_left_something(tmp_path
             output._check_inputs(tmp_path, {f"method.files ({name})": "3"})
 
 
+@pytest.mark.parametrize("name", ["method.files (mine)", "two: method.files (mine)", "method.files (mine) (rank 8)"])
+def test_a_method_is_found_by_its_name_in_sequences_and_grids_and_behind_links(tmp_path, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    for known in ("1", "2"):
+        output._check_inputs(
+            run, {name: known, "method.files": known}
+        )  # of which earlier versions wrote the second alone
+    assert json.loads((run / "inputs.json").read_text()) == {name: "2"}
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "row.json").touch()
+    (run / "mine").symlink_to(tmp_path / "disk")
+    with pytest.raises(UserError, match="the content has changed of "):
+        output._check_inputs(run, {name: "3"})
+    (run / "inputs.json").write_text('{"method.files": "1"}')
+    with pytest.raises(UserError, match=r"changed of method\.files; put it back"):
+        output._check_inputs(run, {name: "2", "method.files": "2"})
+
+
 @pytest.mark.parametrize("consent, said", [("unsafe", " --allow-code-execution=unsafe"), ("jailed", " --allow-code-execution"), (False, "")])  # fmt: skip
 def test_the_command_that_goes_on_has_the_consent_that_was_given(tmp_path, consent, said):
     (tmp_path / "a b").mkdir()

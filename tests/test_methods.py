@@ -699,7 +699,7 @@ def test_a_hook_that_would_not_be_called_is_refused(tmp_path, body, said):
     assert "half" not in METHODS
 
 
-NO_NAMES = {*OWN_FILES, "my/method, v2", "Mine", "", ".mine", "init", "dial", "mine.py", "checkpoint-1"}
+NO_NAMES = {*OWN_FILES, "my/method, v2", "Base", "", ".mine", "init", "dial", "mine.py", "checkpoint-1"}
 
 
 @pytest.mark.parametrize(

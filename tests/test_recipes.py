@@ -555,7 +555,7 @@ def test_of_a_word_that_is_given_twice_the_last_counts_and_is_told(caplog, monke
     recipe = load_recipe("math", ["training.max_steps=3", "seed=1", "training.max_steps=50"])
     assert recipe.training["max_steps"] == 50
     assert caplog.text.count("argument training.max_steps: is given twice, the last counts") == 1
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     load_recipe("math", ["seed=1", "seed=2"])  # told by the first of several processes
     assert caplog.text.count("is given twice") == 1

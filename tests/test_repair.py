@@ -153,3 +153,6 @@ def test_a_sequence_is_repaired_on_the_rows_of_all_its_tasks(tmp_path, capsys):
     assert recipes([str(path), "training.save_strategy=no", "training.max_steps=2"]) == 0
     assert main(["repair", str(tmp_path / "out" / "lora")]) == 0
     assert "task: 52 training rows" in capsys.readouterr().out
+    for task, rows in (("1-one", 40), ("2-two", 52)):  # the adapter of a later task holds the earlier ones' change too
+        assert main(["repair", str(tmp_path / "out" / "tasks" / task / "lora")]) == 0
+        assert f"task: {rows} training rows" in capsys.readouterr().out

@@ -41,11 +41,11 @@ def _is_unanswered(error: BaseException) -> bool:
     return bool(unanswered) or isinstance(error, ConnectionError) or "OfflineModeIsEnabled" in str(error)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and those behind it."""
+def _causes(error: BaseException | None, *, suppressed: bool = True) -> Iterator[BaseException]:
+    """Yield an exception and those behind it, with those that a `raise … from None` has left out or without."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (error.__context__ if suppressed or not error.__suppress_context__ else None)
 
 
 def first_line(error: BaseException) -> str:
@@ -111,7 +111,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             _tell(f"no file or folder has a name as long as {error.filename}")  # pyright: ignore[reportAttributeAccessIssue]
             return 2
-        refused = next(filter(None, map(_why_refused, _causes(error))), None)
+        refused = next(filter(None, map(_why_refused, _causes(error, suppressed=False))), None)
         if refused is not None:
             _tell(refused)
             return 2

@@ -11,18 +11,19 @@ from lora_null.adapters.repair import repair
 from lora_null.adapters.saved import read_adapter
 from lora_null.recipes import caches
 from lora_null.recipes.commands.export import copy_tokenizer
-from lora_null.recipes.config.run_folder import RECIPE_FILE
+from lora_null.recipes.config.load import read_yaml
+from lora_null.recipes.config.run_folder import RECIPE_FILE, TASKS_FOLDER, whole_of
 from lora_null.recipes.config.schema import CalibrationSection, Recipe, calibration_entry, parse_recipe, parse_section
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows
 from lora_null.recipes.data.examples import read_examples, tokenize
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.models.bases import load_tokenizer
-from lora_null.recipes.output import check_place
+from lora_null.recipes.output import REPAIRED, check_place
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
-from lora_null.recipes.training import training_arguments
+from lora_null.recipes.training import TRAINERS
 from lora_null.trainer import CalibrationArgs
-from lora_null.trainer.calibration_data import padded_batches
+from lora_null.trainer.calibration_data import kept_part, padded_batches
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import check_free, replacing_folder, write_json, write_safetensors
 from lora_null.utils.limits import position_limit
@@ -69,23 +70,24 @@ def _folder_for(source: Trained, arguments: argparse.Namespace) -> Path:
     """Return the folder to write; raise a UserError where there is none, or an adapter in it."""
     if arguments.out is None and source.elsewhere:
         raise UserError("--out: is needed for an adapter that no run left")
-    out = arguments.out or source.run / f"{source.method}-repaired"
+    out = arguments.out or source.run / REPAIRED.format(source.method)
     check_place(out, "--out")
     check_free(out / "adapter")
     return out
 
 
 def _recipes_of(source: Trained) -> list[Recipe]:
-    """Return the recipe of the adapter's run, of a sequence those of its tasks; none for an adapter made elsewhere."""
+    """Return the recipe of the adapter's run, of a sequence those of its tasks so far; none for an adapter made elsewhere."""
     if not source.recipe:
         return []
-    plain = {
-        "method": {"name": "lora"},
-        "grid": {},
-        "budget": None,
-    }  # what trained it may be a method of the user's own
-    recipe = parse_recipe(source.recipe | plain, str(source.run / RECIPE_FILE))
-    return stage_recipes(recipe) if recipe.sequence else [recipe]
+    in_sequence = source.run.parent.name == TASKS_FOLDER
+    place = (whole_of(source.run) if in_sequence else source.run) / RECIPE_FILE
+    # What trained it may be a method of the user's own.
+    plain = {"method": {"name": "lora"}, "grid": {}, "budget": None}
+    recipe = parse_recipe(read_yaml(place) | plain, str(place))
+    if not recipe.sequence:
+        return [recipe]
+    return stage_recipes(recipe)[: int(source.run.name.partition("-")[0]) if in_sequence else None]
 
 
 def _named(path: str, option: str) -> CalibrationSection:
@@ -118,5 +120,6 @@ def _training_rows(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     """Return the token ids of a recipe's first training rows, cut as it was trained on them."""
     data = recipe.data.model_copy(update={"limit": min(ROWS, recipe.data.limit or ROWS)})
     examples, _ = read_examples(data, tokenizer, preferences=recipe.trainer == "dpo")
-    most = training_arguments(recipe, Path(recipe.output_dir)).max_length
-    return [list(row.ids[:most]) for row in tokenize(examples, data.template, tokenizer)]
+    most = recipe.training.get("max_length", TRAINERS[recipe.trainer].config.max_length)
+    part = kept_part(most, at_end=recipe.training.get("truncation_mode") == "keep_end")
+    return [list(row.ids[part]) for row in tokenize(examples, data.template, tokenizer)]

@@ -25,10 +25,10 @@ def files_below(folder: Path) -> list[Path]:
     Folders that links lead to are among them, each once, unless they lie in this one, or it in them.
 
     Raises:
-        PermissionError: a folder that this user may not read, instead of leaving out what it holds.
+        PermissionError: no file, and a folder that this user may not read.
     """
-    root, seen, found = folder.resolve(), set(), []
-    for name, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+    root, seen, found, closed = folder.resolve(), set(), [], []
+    for name, folders, files in os.walk(folder, followlinks=True, onerror=closed.append):
         place = Path(name)
         real = place.resolve()
         around = place.is_symlink() and (real.is_relative_to(root) or root.is_relative_to(real))
@@ -38,12 +38,9 @@ def files_below(folder: Path) -> list[Path]:
         seen.add(real)
         folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
         found += [place / file for file in files if not file.startswith(".") and (place / file).is_file()]
+    if not found and (refused := next((error for error in closed if isinstance(error, PermissionError)), None)):
+        raise refused
     return sorted(found)
-
-
-def _refuse(error: OSError) -> None:
-    if isinstance(error, PermissionError):
-        raise error
 
 
 def whole_of(folder: Path) -> Path:

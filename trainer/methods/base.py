@@ -37,7 +37,7 @@ OURS = __name__.rpartition(".")[0] + "."  # the modules of the methods of this p
 PAIRS = (("extra_loss", "terms"), ("compute", "training_batches"))  # of which one does nothing without the other
 # A run keeps what is a method's in a folder of its name, beside what has these names; a name that ends in .py is a file's.
 NAME = re.compile(
-    r"(?!(base|cells|tasks|init|dial)$|checkpoint-|.*\.(py|md|html|png|jsonl?|ya?ml)$)[a-z0-9][a-z0-9_.-]*"
+    r"(?i)(?!(base|cells|tasks|init|dial)$|checkpoint-|.*\.(py|md|html|png|jsonl?|ya?ml)$)[a-z0-9][a-z0-9_.+-]*"
 )
 # Entries of the log that are not a term's.
 LOGGED = re.compile(
