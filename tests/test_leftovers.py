@@ -133,7 +133,8 @@ def test_a_method_of_ones_own_is_among_what_a_resumed_run_checks(tmp_path, monke
     mine.write_text(head + "@method\nclass Mine(Method):\n    name = 'resumed-own'\n")
     load_method_file(str(mine))
     monkeypatch.setattr("lora_null.recipes.job.METHODS", {**METHODS, "resumed-own": METHODS.pop("resumed-own")})
-    method, model = SimpleNamespace(name=["lora", "resumed-own"], init=None), SimpleNamespace(revision=None)
+    method = SimpleNamespace(name=["lora", "resumed-own"], init=None, files=[])
+    model = SimpleNamespace(revision=None)
     recipe = SimpleNamespace(method=method, model=model, training={}, eval=SimpleNamespace(limit=None, judge=None))
     job = SimpleNamespace(data=None, recipe=recipe, sources=[], tasks=[], probe=None, model_name="x", swept_inputs={})
     found = []
