@@ -108,7 +108,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_the_command_repairs_what_a_run_trained(world, capsys):
+def test_the_command_repairs_what_a_run_trained(world, capsys, monkeypatch):
     method = world / "out" / "lora"
     assert main(["repair", str(method)]) == 0
     told, out = capsys.readouterr().out, world / "out" / "lora-repaired"
@@ -123,6 +123,9 @@ def test_the_command_repairs_what_a_run_trained(world, capsys):
     assert points[1]["metrics"]["facts kl"]["value"] < 0.5 * row["metrics"]["facts kl"]["value"]
     assert main(["repair", str(method)]) == 2
     assert f"{out / 'adapter'}: exists already" in capsys.readouterr().err
+    monkeypatch.chdir(world)
+    assert main(["repair", "out/lora", "--weight", "0.1", "--out", "out/lora-repaired-0.1"]) == 0
+    assert "lora-null dial out/lora-repaired-0.1 --strengths 1" in capsys.readouterr().out
 
 
 def test_the_command_repairs_any_adapter(world, tmp_path, capsys):

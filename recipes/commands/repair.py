@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     told = f"repaired at weight {arguments.weight:g}: {found.kept:.2%} is left of its change on the texts to keep"
     print(told if found.learned is None else f"{told}, {found.learned:.1%} of that on the task")
     print(f"written: {out / 'adapter'}")
-    asked = f"{out} --strengths 1" if recipes and out.parent == source.run else f"{out / 'adapter'} --keep QUESTIONS"
+    of_run = recipes and out.resolve().parent == source.run
+    asked = f"{out} --strengths 1" if of_run else f"{out / 'adapter'} --keep QUESTIONS"
     print(f"measure it: lora-null dial {asked}")
 
 
