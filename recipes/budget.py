@@ -8,6 +8,7 @@ rows that no probe has used.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -333,19 +334,54 @@ def scale_to_budget(measured: Measurement, strength: Strength, learned: Evaluati
         lower = strength.value * min(0.95, max(0.5, factor))
         strength.set(lower if lower >= MIN_STRENGTH else 0.0)
         checked, rows = measured.forgotten_on_rest()
+    return _held(measured, before, checked, rows, first).model_copy(update={"strength": strength.value})
+
+
+def repair_to_budget(measured: Measurement, weights: Sequence[float], apply: Callable[[float], None]) -> Budget:
+    """Apply the smallest weight of a repair at which a budget is kept, or the largest of all where none keeps it.
+
+    Args:
+        measured: what is measured, and by what.
+        weights: ascending; the more, the less is forgotten.
+        apply: puts the adapter that is repaired at a weight into the live model, which has the one that was trained.
+
+    Returns:
+        What became of the budget, with the weight.
+    """
+    at_most, before = measured.budget.section.at_most, measured.learned_on_probe()
+
+    def keeps(weight: float) -> bool:
+        apply(weight)
+        return within(measured.forgotten_on_probe(), at_most)
+
+    place = min(bisect.bisect_left(weights, True, key=keeps), len(weights) - 1)
+    apply(weights[place])
+    checked, rows = measured.forgotten_on_rest()
+    first = None
+    while not within(checked, at_most) and place + 1 < len(weights):
+        first, place = first or checked, place + 1
+        apply(weights[place])
+        checked, rows = measured.forgotten_on_rest()
+    return _held(measured, before, checked, rows, first).model_copy(update={"weight": weights[place]})
+
+
+def _held(
+    measured: Measurement, before: Evaluation | None, checked: Estimate, rows: int, first: Estimate | None
+) -> Budget:
+    """Return what became of a budget, at strength 1; `before` is what was learned before anything was given up."""
     after = measured.learned_on_probe()
     return Budget(
         measure=measured.budget.measure,
         unit=measured.whole.metrics[measured.budget.measure].unit,
-        at_most=at_most,
-        then=section.then,
-        strength=strength.value,
+        at_most=measured.budget.section.at_most,
+        then=measured.budget.section.then,
+        strength=1.0,
         step=0,
         steps=0,
         value=checked.value,
         stderr=checked.stderr,
         n=rows,
-        kept=within(checked, at_most),
+        kept=within(checked, measured.budget.section.at_most),
         first_check=first and first.value,
         learned=_given_up(measured, before, after) if before and after else {},
     )

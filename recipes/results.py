@@ -124,6 +124,7 @@ class Budget(BaseModel):
     Attributes:
         measure, unit, at_most, then: the budget, and the unit of its metric.
         strength: of the adapter that is saved, 1 being as it was trained.
+        weight: at which the adapter was repaired, where that was done to keep the budget.
         step: the state that is saved, of `steps` planned.
         reached: the step at which a probe was beyond the budget and ended the training.
         value, stderr, n: what is forgotten by what is saved, on n rows that no probe used.
@@ -138,6 +139,7 @@ class Budget(BaseModel):
     at_most: float
     then: str
     strength: float
+    weight: float | None = None
     step: int
     steps: int
     reached: int | None = None
@@ -158,6 +160,7 @@ class Budget(BaseModel):
         """Say how it was kept, and what was given up."""
         how = [f"state of step {self.step} of {self.steps}"] if self.step < self.steps else []
         how += [f"strength {self.strength:.3g}"] if self.strength != 1 else []
+        how += [f"repaired at weight {self.weight:.3g}"] if self.weight else []
         change = {"nll": "rise of ", "loss": "rise of ", "kl": "", "forgetting": ""}
         told = f"{change.get(kind_of(self.measure), 'fall of ')}{metric_title(self.measure)} "
         told += f"{_amount(self.value, self.stderr, self.measure, self.unit)} on {self.n} rows that no probe used, "
@@ -165,9 +168,11 @@ class Budget(BaseModel):
         told += f" ({', '.join(how)})" if how else " (nothing had to be given up)"
         if self.first_check is not None:
             first = f"{scale_of(self.unit) * self.first_check:.3g}"
-            told += f"; these rows first gave {first}, so the strength was lowered once more"
-        # `export` scales what a run has saved, and knows of no training.
+            more = "strength was lowered" if self.weight is None else "weight was raised"
+            told += f"; these rows first gave {first}, so the {more} once more"
+        # `export` and `repair` change what a run has saved, and know of no training.
         now, before = ("as saved", "where training ended") if self.steps else ("at this strength", "at strength 1")
+        now, before = (now, before) if self.weight is None else ("repaired", "before")
         for name, change in self.learned.items() if how else ():
             scale, lost = scale_of(change.unit), _amount(change.lost, change.stderr, name, change.unit)
             told += f"; given up: {lost} of {metric_title(name)} "

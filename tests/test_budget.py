@@ -27,6 +27,7 @@ from lora_null.recipes.budget import (
     check_budget,
     forgotten,
     largest_strength,
+    repair_to_budget,
     scale_to_budget,
     within,
 )
@@ -189,6 +190,23 @@ def test_the_rows_that_no_probe_used_have_the_last_word(worse, again):
         assert held.strength == 0.0
     else:
         assert held.value > 0.09 * 0.85  # no more is given up than needed
+
+
+@pytest.mark.parametrize(("worse", "weight"), [(0.1, 1.0), (1.0, 1.0), (1.2, 10.0), (3.0, 10.0), (1e9, 100.0)])
+def test_a_repair_takes_the_smallest_weight_that_keeps_a_budget(worse, weight):
+    task, few = (AnswerTask("facts", PAIRS[:n], kl=True, role="retention") for n in (24, 8))
+    budget = BudgetPlan(SimpleNamespace(at_most=0.03, then="scale"), "facts kl", task, few, frozenset(range(8)))
+    model, measured = Fake(worse), []
+    at = {0.0: 0.5, 0.1: 0.4, 1.0: 0.17, 10.0: 0.01, 100.0: 0.005}  # the square is forgotten
+
+    def apply(of):
+        measured.append(of)
+        model.value = at[of]
+
+    zeros = (evaluation(np.zeros(n)) for n in (8, 24))
+    held = repair_to_budget(Measurement(model.evaluate, budget, *zeros), list(at), apply)
+    assert held.weight == weight and measured[-1] == weight and held.n == 16
+    assert held.kept == (worse < 1e9) and held.value == pytest.approx(at[weight] ** 2 * worse)
 
 
 def test_a_perplexity_bounds_nothing():

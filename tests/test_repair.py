@@ -1,6 +1,7 @@
 """A trained adapter that is changed so that it leaves texts alone: the equation, layers of a model, and the command."""
 
 import json
+import re
 
 import numpy as np
 import oracle
@@ -80,7 +81,10 @@ def test_a_model_is_repaired_layer_by_layer(make, tmp_path):
     targets = {"target_modules": ["q_proj", "down_proj"], "alpha_pattern": {"q_proj": 2}}
     adapter = trained(make(), tmp_path, **(targets if make is tiny_model else {"target_modules": ["c_attn"]}))
     keep, task = random_batches(count=2, seed=1), random_batches(count=2, seed=2)
-    found = repair(make().eval(), adapter, keep, task, weight=WEIGHT)
+    (nothing, found) = repair(make().eval(), adapter, keep, task, weights=[0.0, WEIGHT])
+    assert (nothing.kept, nothing.learned) == pytest.approx((1, 1)) and found.weight == WEIGHT
+    for name, (A, _) in nothing.pairs.items():
+        torch.testing.assert_close(A, adapter.pairs()[name][0])
     pairs, sums = adapter.pairs(), np.zeros((2, 2))
     X_k, X_t = (oracle.capture_inputs(make().eval(), pairs, batches) for batches in (keep, task))
     for name, (A, B) in pairs.items():
@@ -96,7 +100,7 @@ def test_a_model_is_repaired_layer_by_layer(make, tmp_path):
         sums += [[np.linalg.norm(B @ Z @ x) ** 2 for x in X] for Z in (expected, A)]
     assert (found.kept, found.learned) == pytest.approx(sums[0] / sums[1], rel=1e-3)
     assert found.kept < found.learned
-    alone = repair(make().eval(), adapter, keep, weight=WEIGHT)
+    (alone,) = repair(make().eval(), adapter, keep, weights=[WEIGHT])
     assert alone.learned is None and alone.kept < found.kept
 
 
@@ -104,7 +108,8 @@ def test_a_model_is_repaired_layer_by_layer(make, tmp_path):
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repair")
     words = ["training.save_strategy=no", "--method", "lora", "method.use_rslora=true"]
-    assert recipes([str(make_world(folder)), *words]) == 0
+    evaluation = "eval.retention=[{answers: facts, path: %s, limit: 24}]" % (folder / "facts.jsonl")
+    assert recipes([str(make_world(folder)), evaluation, *words]) == 0
     return folder
 
 
@@ -128,6 +133,49 @@ def test_the_command_repairs_what_a_run_trained(world, capsys, monkeypatch):
     assert "lora-null dial out/lora-repaired-0.1 --strengths 1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-forgetting", "1", "--weight", "2"], "--weight: --max-forgetting chooses the weight itself"),
+        (["--max-forgetting", "0"], "must be a number above 0"),
+        (["--max-forgetting", "0.1", "--measure", "facts acc"], "the run has no 'facts acc'"),
+        (
+            ["--max-forgetting", "1e-6"],
+            "--max-forgetting: no weight keeps 1e-06; at the largest, 100, facts kl is 0.0",
+        ),
+        (["--measure", "facts kl"], "--measure: is for what --max-forgetting measures; give that too"),
+        (["--allow-code-execution"], "--allow-code-execution: is for what --max-forgetting measures; give that too"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_leaves_nothing(world, tmp_path, words, message, capsys):
+    assert main(["repair", str(world / "out" / "lora"), "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_smallest_weight_that_keeps_a_budget(world, tmp_path, capsys):
+    """Measured on what is written, and on the weight below, by the run's own questions."""
+    method, row = str(world / "out" / "lora"), json.loads((world / "out" / "results.json").read_text())["rows"][1]
+    forgot = row["metrics"]["facts kl"]["value"]
+    assert main(["repair", method, "--out", str(tmp_path / "same"), "--max-forgetting", str(2 * forgot)]) == 0
+    assert "(nothing had to be given up)" in capsys.readouterr().out
+    same, old = (
+        load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "same", world / "out" / "lora")
+    )
+    assert all(torch.allclose(same[name], old[name]) for name in old)
+    out, bound = world / "out" / "lora-within", forgot / 4
+    assert main(["repair", method, "--out", str(out), "--max-forgetting", str(bound)]) == 0
+    told = capsys.readouterr().out
+    weight = float(re.search(r"repaired at weight ([0-9.e-]+):", told)[1])
+    assert f"at most {bound:g} allowed (repaired at weight {weight:g})" in told and "given up: " in told
+    assert main(["repair", method, "--out", str(world / "out" / "below"), "--weight", str(weight / 10**0.5)]) == 0
+    values = {}
+    for folder in (out, world / "out" / "below"):
+        assert main(["dial", str(folder), "--strengths", "1"]) == 0
+        point = json.loads((folder / "dial" / "dial.json").read_text())["points"][1]
+        values[folder.name] = point["metrics"]["facts kl"]["value"]
+    assert values["lora-within"] < bound and values["below"] > 0.8 * bound
+
+
 def test_the_command_repairs_any_adapter(world, tmp_path, capsys):
     adapter = get_peft_model(base(world), LoraConfig(r=4, target_modules=["q_proj"]))
     losses_over(adapter, random_batches(), steps=3)
@@ -136,6 +184,8 @@ def test_the_command_repairs_any_adapter(world, tmp_path, capsys):
     words = ["repair", str(tmp_path / "a"), "--base", str(world / "model"), "--out", str(tmp_path / "b")]
     assert main(words) == 2 and "--keep names the texts to keep" in capsys.readouterr().err
     assert main(words[:-2]) == 2 and "--out: is needed" in capsys.readouterr().err
+    assert main([*words, "--keep", "x", "--max-forgetting", "1"]) == 2
+    assert "--max-forgetting: is measured by a run's questions" in capsys.readouterr().err
     notes = str(tmp_path / "notes.jsonl")
     assert main([*words, "--keep", notes, "--weight", "0"]) == 2
     assert "--weight: must be a number above 0" in capsys.readouterr().err

@@ -60,11 +60,13 @@ class Repair:
     """A repaired adapter, and what is left of its change of the layers' outputs.
 
     Attributes:
+        weight: λ.
         pairs: module name → A' and B.
         kept: Σ ‖s BA' X_k‖² / Σ ‖s BA X_k‖², over all layers: what is left of the change on the texts to keep.
         learned: the same on the learned task; None where no task was given.
     """
 
+    weight: float
     pairs: dict[str, Pair]
     kept: float
     learned: float | None
@@ -77,30 +79,35 @@ def repair(
     keep: Sequence[Mapping[str, Any]],
     task: Sequence[Mapping[str, Any]] = (),
     *,
-    weight: float = 1.0,
-) -> Repair:
-    """Repair an adapter, one decoder layer after the other; of the Grams those of one layer are held at a time.
+    weights: Sequence[float] = (1.0,),
+) -> list[Repair]:
+    """Repair an adapter at each of several weights, one decoder layer after the other; the Grams of one layer are held at a time.
 
     Args:
         model: the original base, without an adapter.
         adapter: of the base.
         keep: batches of the texts to keep: dicts with `input_ids` and `attention_mask`, (batch, length) each.
         task: batches of what the adapter learned; empty: all inputs count alike.
-        weight: λ.
+        weights: λ of each.
 
     Raises:
         UserError: as `SavedAdapter.pairs` and `measure_inputs`.
     """
-    pairs, found = adapter.pairs(), {}
-    before, after = [0.0, 0.0], [0.0, 0.0]
-    for name, grams in _mean_grams(model, pairs, [keep, task] if task else [keep]):
-        A, B = pairs[name]
-        found[name] = repaired(A.to(grams[0].device), grams[0], grams[1] if task else None, weight).to(A.device), B
+    trained = adapter.pairs()
+    found: list[dict[str, Pair]] = [dict(trained) for _ in weights]  # in the order of the file
+    sets = [keep, task] if task else [keep]
+    before, after = [0.0 for _ in sets], [[0.0 for _ in sets] for _ in weights]
+    for name, grams in _mean_grams(model, trained, sets):
+        A, B = trained[name]
+        of_task = grams[1] if task else None
+        for weight, pairs in zip(weights, found):
+            pairs[name] = repaired(A.to(grams[0].device), grams[0], of_task, weight).to(A.device), B
         for i, gram in enumerate(grams):
-            before[i] += adapter.scaling(name) ** 2 * change(pairs[name], gram)
-            after[i] += adapter.scaling(name) ** 2 * change(found[name], gram)
-    left = [now / then if then else 1.0 for now, then in zip(after, before)]
-    return Repair({name: found[name] for name in pairs}, left[0], left[1] if task else None)
+            before[i] += adapter.scaling(name) ** 2 * change(trained[name], gram)
+            for pairs, sums in zip(found, after):
+                sums[i] += adapter.scaling(name) ** 2 * change(pairs[name], gram)
+    left = [[now / then if then else 1.0 for now, then in zip(sums, before)] for sums in after]
+    return [Repair(*made, of[0], of[1] if task else None) for *made, of in zip(weights, found, left)]
 
 
 def _mean_grams(

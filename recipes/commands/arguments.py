@@ -37,6 +37,8 @@ KEYS_AS_OPTIONS = {
         for command in ("export", "dial", "check", "repair")
     },
 }
+BASE = "folder or hub id of the base, where the recipe's or the config's is no longer there"
+MEASURE = "--max-forgetting: the metric (default: the first KL, else the first metric)"
 STRENGTHS, MAX_STRENGTH = "0,0.2,0.4,0.6,0.8,1,1.25", 2.0
 
 
@@ -269,9 +271,7 @@ def _export(commands: Any) -> argparse.ArgumentParser:
         metavar="X",
         help="write ΔW times the largest factor that forgets no more than X, measured",
     )
-    add(
-        "--measure", metavar="NAME", help="--max-forgetting: the metric (default: the first KL, else the first metric)"
-    )
+    add("--measure", metavar="NAME", help=MEASURE)
     _add_questions(add)
     add("--license", metavar="ID", help="license of the base, where its card does not say")
     add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
@@ -330,7 +330,7 @@ def _dial(commands: Any) -> argparse.ArgumentParser:
     about = f"factors by which ΔW is multiplied; 1 is the adapter as saved (default {STRENGTHS})"
     add("--strengths", type=strengths, default=STRENGTHS, metavar="S,S", help=about)
     add("--max-forgetting", type=amount, metavar="X", help="say which of them forgets no more than X")
-    add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")
+    add("--base", help=BASE)
     _add_trust(add)
     add("--out", type=Path, help="folder in which `dial` is written (default: RUN/METHOD)", complete=shtab.DIRECTORY)
     _add_questions(add)
@@ -349,16 +349,15 @@ def _repair(commands: Any) -> argparse.ArgumentParser:
     add("--keep", metavar="PATH", help="texts to keep (default: the run's calibration)", complete=shtab.FILE)
     add("--data", metavar="PATH", help="what was learned (default: the run's training rows)", complete=shtab.FILE)
     about = "of the texts to keep, compared with what was learned; more keeps more (default 1)"
-    add("--weight", type=amount, default=1.0, metavar="W", help=about)
-    add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")
+    add("--weight", type=amount, metavar="W", help=about)
+    about = "or the smallest weight that forgets no more than X, measured by the run's own questions"
+    add("--max-forgetting", type=amount, metavar="X", help=about)
+    add("--measure", metavar="NAME", help=MEASURE)
+    _add_consent(add)
+    add("--base", help=BASE)
     _add_trust(add)
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder to write (default: RUN/METHOD-repaired)",
-        complete=shtab.DIRECTORY,
-    )
+    about = "folder to write (default: RUN/METHOD-repaired)"
+    add("--out", type=Path, metavar="DIR", help=about, complete=shtab.DIRECTORY)
     return parser
 
 

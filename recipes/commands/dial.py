@@ -203,13 +203,18 @@ def _questions(source: Trained, arguments: argparse.Namespace) -> dict[str, Any]
     }
 
 
+def budget_job(source: Trained, arguments: argparse.Namespace, scratch: Path) -> Job:
+    """Return what measures an adapter against --max-forgetting and --measure; otherwise as `job_for`."""
+    budget = BudgetSection(at_most=arguments.max_forgetting, measure=arguments.measure).model_dump()
+    return job_for(source, arguments, scratch, budget)
+
+
 def strength_within(source: Trained, arguments: argparse.Namespace, scratch: Path) -> tuple[float, str]:
     """Return the largest strength that forgets no more than --max-forgetting, and a sentence about it.
 
     As in a run's budget: sought on the probed rows, checked on the others.
     """
-    budget = BudgetSection(at_most=arguments.max_forgetting, measure=arguments.measure).model_dump()
-    job = together(lambda: job_for(source, arguments, scratch, budget))
+    job = together(lambda: budget_job(source, arguments, scratch))
     evaluate_base(job)
     model = load_adapted(source)
     held = scale_to_budget(budget_measurement(job, model), Strength(model))

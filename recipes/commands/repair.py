@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
+
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, state_of
-from lora_null.adapters.repair import repair
-from lora_null.adapters.saved import read_adapter
+from lora_null.adapters.repair import Repair, repair
+from lora_null.adapters.saved import SavedAdapter, read_adapter
+from lora_null.layer import adapted_layers
 from lora_null.recipes import caches
+from lora_null.recipes.budget import repair_to_budget
+from lora_null.recipes.commands.arguments import QUESTIONS
+from lora_null.recipes.commands.dial import budget_job
 from lora_null.recipes.commands.export import copy_tokenizer
 from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.run_folder import RECIPE_FILE, TASKS_FOLDER, whole_of
@@ -18,6 +26,8 @@ from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows
 from lora_null.recipes.data.examples import read_examples, tokenize
 from lora_null.recipes.environment import choose_device
+from lora_null.recipes.job import Job
+from lora_null.recipes.measure import budget_measurement, evaluate_base
 from lora_null.recipes.models.bases import load_tokenizer
 from lora_null.recipes.output import REPAIRED, check_place
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
@@ -28,21 +38,87 @@ from lora_null.utils.errors import UserError
 from lora_null.utils.files import check_free, replacing_folder, write_json, write_safetensors
 from lora_null.utils.limits import position_limit
 
+Batches = list[dict[str, torch.Tensor]]
+
+WEIGHT = 1.0  # where neither --weight nor --max-forgetting says another
 ROWS = 256  # of what was learned, of each task
+WEIGHTS = [0.0, *(10 ** (k / 2) for k in range(-6, 5))]  # among which --max-forgetting chooses; at 0 A' is A
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure both sets of texts, compute the new factors, write DIR/adapter.
 
     Raises:
-        UserError: not an adapter, an adapter for another base, no texts to keep, a folder in use.
+        UserError: not an adapter, an adapter for another base, no texts to keep, a folder in use, or a --max-forgetting
+            that nothing measures or no weight keeps.
     """
     choose_device()
     source = find_trained(arguments.source, arguments.base, trust=arguments.trust_remote_code)
     check_adapter_fits(source)
     out = _folder_for(source, arguments)
-    section, recipes = source.base.section, _recipes_of(source)
-    tokenizer = load_tokenizer(section, source.base.name)
+    recipes, adapter = _recipes_of(source), read_adapter(source.folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        job = _budget_job(source, arguments, Path(scratch))
+        batches = _batches(source, recipes, arguments)
+        if job is None:
+            (found,) = repair(source.base.load(), adapter, *batches, weights=[arguments.weight or WEIGHT])
+        else:
+            found = _within_budget(job, source, adapter, batches)
+    with replacing_folder(out / "adapter") as made:
+        metadata = adapter.metadata | {"repair_weight": f"{found.weight:g}"}
+        write_safetensors(made / WEIGHTS_FILE, adapter.tensors | state_of(found.pairs), metadata)
+        write_json(made / CONFIG_FILE, adapter.config)
+        copy_tokenizer(source.folder, made)
+    told = f"repaired at weight {found.weight:.3g}: {found.kept:.2%} is left of its change on the texts to keep"
+    print(told if found.learned is None else f"{told}, {found.learned:.1%} of that on the task")
+    print(f"written: {out / 'adapter'}")
+    of_run = recipes and out.resolve().parent == source.run
+    asked = f"{out} --strengths 1" if of_run else f"{out / 'adapter'} --keep QUESTIONS"
+    print(f"measure it: lora-null dial {asked}")
+
+
+def _budget_job(source: Trained, arguments: argparse.Namespace, scratch: Path) -> Job | None:
+    """Return what measures --max-forgetting, by the questions of the adapter's run; None where it is not given."""
+    if arguments.max_forgetting is None:
+        if idle := next((name for name in ("measure", "allow_code_execution") if getattr(arguments, name)), None):
+            raise UserError(f"--{idle.replace('_', '-')}: is for what --max-forgetting measures; give that too")
+        return None
+    if arguments.weight is not None:
+        raise UserError("--weight: --max-forgetting chooses the weight itself, give one of the two")
+    if not source.recipe:
+        raise UserError(
+            "--max-forgetting: is measured by a run's questions, and no run left this adapter; repair it at several "
+            "--weight, and `lora-null dial DIR/adapter --keep QUESTIONS` measures each"
+        )
+    no_questions = dict.fromkeys(("keep", "learn", "limit", *QUESTIONS))  # here --keep names texts
+    return budget_job(source, argparse.Namespace(**vars(arguments) | no_questions), scratch)
+
+
+def _within_budget(job: Job, source: Trained, adapter: SavedAdapter, batches: list[Batches]) -> Repair:
+    """Return the adapter repaired at the smallest weight that forgets no more than --max-forgetting; say what it gave up."""
+    evaluate_base(job)
+    model = source.base.load()
+    found = {made.weight: made for made in repair(model, adapter, *batches, weights=WEIGHTS)}
+    model = PeftModel.from_pretrained(model, source.folder).eval()
+    layers = adapted_layers(model)
+
+    def apply(weight: float) -> None:
+        for name, (A, _) in found[weight].pairs.items():
+            layers[name].lora_A["default"].weight.data.copy_(A)
+
+    held = repair_to_budget(budget_measurement(job, model), WEIGHTS, apply)
+    if not held.kept:
+        raise UserError(
+            f"--max-forgetting: no weight keeps {held.at_most:g}; at the largest, {held.weight:g}, {held.measure} is "
+            f"{held.value:.2g}"
+        )
+    print(f"measured: {held.sentence()}")
+    return found[held.weight]
+
+
+def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespace) -> list[Batches]:
+    """Return the texts to keep, and what was learned (empty where nothing names it); say what they are."""
+    tokenizer = load_tokenizer(source.base.section, source.base.name)
     keep = _windows(_calibration(source, recipes, arguments.keep), source, tokenizer, "keep")
     if arguments.data is not None:
         task = _windows(_named(arguments.data, "--data"), source, tokenizer, "task")
@@ -50,21 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
         task = [ids for recipe in recipes for ids in _training_rows(recipe, tokenizer)]
         lacks = "none, all inputs count alike; --data names what it was trained on, and more of that is left"
         print(f"task: {f'{len(task)} training rows' if task else lacks}")
-    adapter = read_adapter(source.folder)
     pad = tokenizer.pad_token_id or 0
-    batches = [padded_batches(rows, pad) if rows else [] for rows in (keep, task)]
-    found = repair(source.base.load(), adapter, *batches, weight=arguments.weight)
-    with replacing_folder(out / "adapter") as made:
-        metadata = adapter.metadata | {"repair_weight": f"{arguments.weight:g}"}
-        write_safetensors(made / WEIGHTS_FILE, adapter.tensors | state_of(found.pairs), metadata)
-        write_json(made / CONFIG_FILE, adapter.config)
-        copy_tokenizer(source.folder, made)
-    told = f"repaired at weight {arguments.weight:g}: {found.kept:.2%} is left of its change on the texts to keep"
-    print(told if found.learned is None else f"{told}, {found.learned:.1%} of that on the task")
-    print(f"written: {out / 'adapter'}")
-    of_run = recipes and out.resolve().parent == source.run
-    asked = f"{out} --strengths 1" if of_run else f"{out / 'adapter'} --keep QUESTIONS"
-    print(f"measure it: lora-null dial {asked}")
+    return [padded_batches(rows, pad) if rows else [] for rows in (keep, task)]
 
 
 def _folder_for(source: Trained, arguments: argparse.Namespace) -> Path:
