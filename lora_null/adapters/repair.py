@@ -97,27 +97,27 @@ def repair(
     found: list[dict[str, Pair]] = [dict(trained) for _ in weights]  # in the order of the file
     sets = [keep, task] if task else [keep]
     before, after = [0.0 for _ in sets], [[0.0 for _ in sets] for _ in weights]
-    for name, grams in _mean_grams(model, trained, sets):
-        A, B = trained[name]
-        of_task = grams[1] if task else None
+    for names, grams in _mean_grams(model, trained, sets):
+        stacked = torch.cat([trained[name][0].to(grams[0].device) for name in names])  # one factorization serves all
+        ranks = [len(trained[name][0]) for name in names]
         for weight, pairs in zip(weights, found):
-            pairs[name] = repaired(A.to(grams[0].device), grams[0], of_task, weight).to(A.device), B
+            made = repaired(stacked, grams[0], grams[1] if task else None, weight).split(ranks)
+            pairs |= {name: (new.to(trained[name][0]), trained[name][1]) for name, new in zip(names, made)}
         for i, gram in enumerate(grams):
-            before[i] += adapter.scaling(name) ** 2 * change(trained[name], gram)
-            for pairs, sums in zip(found, after):
-                sums[i] += adapter.scaling(name) ** 2 * change(pairs[name], gram)
+            for name in names:
+                before[i] += adapter.scaling(name) ** 2 * change(trained[name], gram)
+                for pairs, sums in zip(found, after):
+                    sums[i] += adapter.scaling(name) ** 2 * change(pairs[name], gram)
     left = [[now / then if then else 1.0 for now, then in zip(sums, before)] for sums in after]
     return [Repair(*made, of[0], of[1] if task else None) for *made, of in zip(weights, found, left)]
 
 
 def _mean_grams(
     model: nn.Module, names: Mapping[str, Pair], sets: Sequence[Sequence[Mapping[str, Any]]]
-) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Yield each module with C of what it reads on every set of batches."""
+) -> Iterator[tuple[tuple[str, ...], list[torch.Tensor]]]:
+    """Yield the modules that read one input, with its C on every set of batches."""
     modules = {name: model.get_submodule(name) for name in names}
     with contextlib.closing(measure_on_each(model, modules, sets)) as parts:
         for part in parts:
             for inputs in part:
-                grams = [stats.gram / stats.tokens for stats in inputs if stats.gram is not None]
-                for name in inputs[0].modules:
-                    yield name, grams
+                yield inputs[0].modules, [s.gram / s.tokens for s in inputs if s.gram is not None]
