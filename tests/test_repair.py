@@ -190,7 +190,7 @@ def test_the_command_repairs_any_adapter(world, tmp_path, capsys):
     assert main([*words, "--keep", notes, "--weight", "0"]) == 2
     assert "--weight: must be a number above 0" in capsys.readouterr().err
     assert main([*words, "--keep", notes, "--weight", "3"]) == 0
-    assert "all inputs count alike; --data names" in capsys.readouterr().out
+    assert "all directions count alike; --data names" in capsys.readouterr().out
     assert main([*words[:-1], str(tmp_path / "c"), "--keep", notes, "--data", str(world / "numbers.jsonl")]) == 0
     assert f"task: {world / 'numbers.jsonl'}: 40 " in capsys.readouterr().out
     for name in "bc":

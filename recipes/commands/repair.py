@@ -124,7 +124,7 @@ def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespa
         task = _windows(_named(arguments.data, "--data"), source, tokenizer, "task")
     else:
         task = [ids for recipe in recipes for ids in _training_rows(recipe, tokenizer)]
-        lacks = "none, all inputs count alike; --data names what it was trained on, and more of that is left"
+        lacks = "none, all directions count alike; --data names what it was trained on, and more of that is left"
         print(f"task: {f'{len(task)} training rows' if task else lacks}")
     pad = tokenizer.pad_token_id or 0
     return [padded_batches(rows, pad) if rows else [] for rows in (keep, task)]
