@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_null.eval_harness import Evaluation, Task
 from lora_null.eval_harness.evaluation import code_hash
 from lora_null.recipes.config.schema import ModelSection, Recipe
-from lora_null.recipes.data.calibration import Source
+from lora_null.recipes.data.calibration import Source, Windows, cut_windows
 from lora_null.recipes.models.bases import attention, base_to_run, model_identity
 from lora_null.recipes.results import EVAL_FILE
 from lora_null.trainer import CalibrationArgs, own_texts
@@ -123,6 +123,18 @@ def texts_writer(
         return texts
 
     return write
+
+
+def written_windows(
+    section: ModelSection,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Source],
+    cut: CalibrationArgs,
+    cache: bool,
+) -> Windows:
+    """Return the windows of all sources, of those too whose texts the base has to write; for the others see `texts_writer`."""
+    return cut_windows(sources, tokenizer, cut, texts_writer(section, name, tokenizer, cut, cache))
 
 
 def _texts_key(section: ModelSection, name: str, source: Source, count: int, cut: CalibrationArgs) -> str:

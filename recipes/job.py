@@ -35,7 +35,7 @@ from lora_null.recipes.checks import (
 )
 from lora_null.recipes.config.load import CONFIGURATION_KEYS, dump, without_folders
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows
+from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows, window_args
 from lora_null.recipes.data.examples import TrainingData, tokenize
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks, probe_tasks
 from lora_null.recipes.models.bases import hub_commit, known_shape, load_config, load_tokenizer, resolve_name
@@ -284,10 +284,7 @@ def _read_inputs(job: Job, training: SFTConfig | DPOConfig, reach: Callable[[Cal
     for task in job.tasks if limit is not None else ():
         if limit.hard or (task.hard_position_limit and recipe.eval.backend == "hf"):
             task.check_positions(tokenizer, limit)
-    section = recipe.calibration
-    seed = recipe.seed if section.seed is None else section.seed
-    asked = CalibrationArgs(section.samples, section.max_length, section.mode, seed)
-    job.calibration_args = asked.fitting(limit, "calibration.max_length")
+    job.calibration_args = window_args(recipe.calibration, recipe.seed, config)
     job.sources = sources or []
     windows = cut_windows(job.sources, tokenizer, job.calibration_args)
     if job.reads_texts and sources and all(source.texts is not None for source in sources):

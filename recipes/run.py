@@ -40,7 +40,6 @@ from lora_null.recipes.card import CARD_FILE, write_run_card
 from lora_null.recipes.comparisons import compare, noise_of, read_evaluations
 from lora_null.recipes.config.run_folder import CELLS_FOLDER
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.data.calibration import Windows, cut_windows
 from lora_null.recipes.data.examples import describe_bad_rows
 from lora_null.recipes.environment import environment, free_memory, peak_memory_bytes, reset_peak_memory
 from lora_null.recipes.eval_tasks import templates_of
@@ -112,7 +111,10 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
         write_json(job.folder / output.SKIPPED_FILE, [asdict(row) for row in job.data.bad])
     rows = [evaluate_base(job)]
     if job.windows is None and job.reads_texts:
-        job.use_windows(_write_windows(job))
+        # The base writes the texts that it calibrates on, or those that it wrote for an equal recipe are taken.
+        of_base, cache = (job.recipe.model, job.model_name, job.tokenizer), job.recipe.calibration.cache
+        job.use_windows(caches.written_windows(*of_base, job.sources, job.calibration_args, cache))
+        free_memory()
     for plan in job.plans:
         if plan.name not in job.recipe.method.name:
             continue  # the job is shared by the runs of a grid, and this run trains other methods
@@ -141,16 +143,6 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
 def _results(job: Job, rows: list[Row]) -> Results:
     about = {"recipe": job.recipe.name, "model": job.model_name, "seed": job.recipe.seed}
     return Results(**about, environment=environment(), settings=_settings(job), rows=rows)
-
-
-def _write_windows(job: Job) -> Windows:
-    """Let the base write the texts that it calibrates on, or take those it wrote for an equal recipe; cut the windows."""
-    cache = job.recipe.calibration.cache
-    write = caches.texts_writer(job.recipe.model, job.model_name, job.tokenizer, job.calibration_args, cache)
-    windows = cut_windows(job.sources, job.tokenizer, job.calibration_args, write)
-    del write  # and the base with it
-    free_memory()
-    return windows
 
 
 def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:

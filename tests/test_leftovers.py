@@ -18,7 +18,7 @@ from trl import DPOConfig, SFTConfig
 from world import make_world
 
 from lora_null.__main__ import main as command
-from lora_null.recipes import callbacks, environment, grid, output, run, training
+from lora_null.recipes import caches, callbacks, environment, grid, output, run, training
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.commands.train import _stopped
 from lora_null.recipes.config.load import dump, load_recipe, read_yaml
@@ -282,7 +282,7 @@ def test_the_texts_are_those_of_a_start_from_elsewhere(tmp_path, monkeypatch):
     recipe, start = make_world(tmp_path), tmp_path / "start"
     init = ["init", "--model", str(tmp_path / "model"), "--calibration", str(tmp_path / "facts.jsonl"), "--rank", "4"]
     assert command([*init, "--dtype", "float32", "--out", str(start)]) == 0
-    monkeypatch.setattr(run, "_write_windows", lambda job: (_ for _ in ()).throw(AssertionError("texts were written")))
+    monkeypatch.setattr(caches, "written_windows", lambda *_: pytest.fail("texts were written"))
     assert main([str(recipe), "--method", "lora-null-v2", f"method.init={start}", "calibration.self=bos"]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     told = [found["settings"][f"calibration_{key}"] for key in ("data", "windows", "tokens", "mode")]

@@ -22,18 +22,17 @@ from lora_null.recipes.config.schema import (
     module_names,
     parse_section,
 )
-from lora_null.recipes.data.calibration import calibration_sources, cut_windows
+from lora_null.recipes.data.calibration import calibration_sources, cut_windows, window_args
 from lora_null.recipes.environment import computes_bf16, precision_line
 from lora_null.recipes.models.bases import empty_model, load_base, load_config, load_tokenizer, open_base, resolve_name
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.recipes.output import check_place, check_space
 from lora_null.recipes.processes import join_processes
 from lora_null.targets import add_adapter, check_layers
-from lora_null.trainer.calibration_data import CalibrationArgs, padded_batches
+from lora_null.trainer.calibration_data import padded_batches
 from lora_null.utils.distributed import is_first_process, together
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import replacing_folder
-from lora_null.utils.limits import position_limit
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -89,9 +88,8 @@ def _batches(model: ModelSection, arguments: argparse.Namespace) -> list[dict[st
 
     def check() -> tuple[Any, ...]:
         name = resolve_name(model)
-        tokenizer, limit = load_tokenizer(model, name), position_limit(load_config(model, name))
-        asked = CalibrationArgs(calibration.samples, calibration.max_length, calibration.mode, arguments.seed)
-        cut = asked.fitting(limit, "--max-length")
+        tokenizer = load_tokenizer(model, name)
+        cut = window_args(calibration, arguments.seed, load_config(model, name), "--max-length")
         sources = calibration_sources(calibration, tokenizer)
         if arguments.low_memory and any(source.texts is None for source in sources):
             raise UserError("--calibration: not self with --low-memory: the model writes with all its weights loaded")
@@ -99,9 +97,7 @@ def _batches(model: ModelSection, arguments: argparse.Namespace) -> list[dict[st
 
     name, tokenizer, cut, sources, windows = together(check)
     if any(source.texts is None for source in sources):
-        write = caches.texts_writer(model, name, tokenizer, cut, not arguments.no_cache)
-        windows = cut_windows(sources, tokenizer, cut, write)
-        del write  # and the base with it
+        windows = caches.written_windows(model, name, tokenizer, sources, cut, not arguments.no_cache)
     if is_first_process():
         print(f"calibration: {'; '.join(windows.covered)}")
     windows.check_tokens()

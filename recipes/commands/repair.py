@@ -23,7 +23,7 @@ from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.run_folder import RECIPE_FILE, TASKS_FOLDER, whole_of
 from lora_null.recipes.config.schema import CalibrationSection, Recipe, calibration_entry, parse_recipe, parse_section
 from lora_null.recipes.config.stages import stage_recipes
-from lora_null.recipes.data.calibration import calibration_sources, cut_windows
+from lora_null.recipes.data.calibration import calibration_sources, window_args
 from lora_null.recipes.data.examples import read_examples, tokenize
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.job import Job
@@ -32,11 +32,9 @@ from lora_null.recipes.models.bases import load_tokenizer
 from lora_null.recipes.output import REPAIRED, check_place
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
 from lora_null.recipes.training import TRAINERS
-from lora_null.trainer import CalibrationArgs
 from lora_null.trainer.calibration_data import kept_part, padded_batches
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import check_free, replacing_folder, write_json, write_safetensors
-from lora_null.utils.limits import position_limit
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -170,11 +168,9 @@ def _calibration(source: Trained, recipes: list[Recipe], keep: str | None) -> Ca
 
 def _windows(section: CalibrationSection, source: Trained, tokenizer: Any, label: str) -> list[list[int]]:
     """Return windows of texts, told by what they cover."""
-    base = source.base
-    cut = CalibrationArgs(section.samples, section.max_length, section.mode, section.seed or 0)
-    cut = cut.fitting(position_limit(base.config), "calibration.max_length")
-    write = caches.texts_writer(base.section, base.name, tokenizer, cut, section.cache)
-    windows = cut_windows(calibration_sources(section, tokenizer), tokenizer, cut, write)
+    base, cut = source.base, window_args(section, 0, source.base.config)
+    sources = calibration_sources(section, tokenizer)
+    windows = caches.written_windows(base.section, base.name, tokenizer, sources, cut, section.cache)
     print(f"{label}: {'; '.join(windows.covered)}")
     windows.check_tokens()
     return windows.ids

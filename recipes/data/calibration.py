@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lora_null.eval_harness.documents import BadRow
 from lora_null.recipes.config.schema import CalibrationSection, CalibrationSource, DataSection
@@ -24,6 +24,7 @@ from lora_null.trainer.written_texts import beginnings
 from lora_null.utils.chat import conversation_text, without_bos
 from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
+from lora_null.utils.limits import position_limit
 from lora_null.utils.values import EmptyValue, Message, as_messages, as_text, chat_options, is_conversation
 
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -97,6 +98,22 @@ def calibration_sources(
     return found
 
 
+def window_args(
+    section: CalibrationSection, seed: int, config: PreTrainedConfig, key: str = "calibration.max_length"
+) -> CalibrationArgs:
+    """Return how a section's windows are cut.
+
+    Args:
+        section: the recipe's.
+        seed: where the section has none.
+        config: the model's, whose positions the windows fit in; see `CalibrationArgs.fitting`.
+        key: what their length is called where it was set.
+    """
+    own = seed if section.seed is None else section.seed
+    asked = CalibrationArgs(section.samples, section.max_length, section.mode, own)
+    return asked.fitting(position_limit(config), key)
+
+
 def cut_windows(
     sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
@@ -109,7 +126,7 @@ def cut_windows(
         sources: where from.
         tokenizer: the model's.
         args: how the windows of all sources together are cut.
-        write: returns texts that the model writes itself, as many as are asked for; see `caches.texts_writer`. None leaves them out.
+        write: returns texts that the model writes itself, as many as are asked for; see `caches.written_windows`. None leaves them out.
 
     Raises:
         UserError: as `calibration_windows`; a source without a share, or with nothing to write after.
