@@ -74,34 +74,32 @@ def build_parser() -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
     }
     shtab.add_argument_to(parser, "--print-completion", preamble=complete, help="print a shell's completion script")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    table = {"new": _new, "train": _train, "report": _report, "init": _init, "export": _export, "check": _check}
-    table |= {"judge": _judge, "dial": _dial, "repair": _repair}
-    return parser, {name: add(commands) for name, add in table.items()}
+    by_name = {}
+    for name, (fill, about) in COMMANDS.items():
+        description = " ".join((fill.__doc__ or "").split())
+        by_name[name] = commands.add_parser(name, help=about, description=description)
+        fill(by_name[name])
+    return parser, by_name
 
 
-def _new(commands: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "new",
-        help="write a recipe for your model and your data",
-        description="Look at a model and a file of data and write a commented recipe for them: format, template, lengths, "
-        "batch for the device at hand, what to calibrate on and what to measure. No weights are loaded.",
-    )
+def _new(parser: Any) -> None:
+    """Look at a model and a file of data and write a commented recipe for them: format, template, lengths, batch for
+    the device at hand, what to calibrate on and what to measure. No weights are loaded.
+    """
     add = _adder(parser)
     add("--model", required=True, help="hub id or local folder", complete=shtab.DIRECTORY)
     add("--data", required=True, help="file, folder or hub id of what to learn", complete=shtab.FILE)
     add("--keep", help="file, folder or hub id of what to keep; else a general mix", complete=shtab.FILE)
     add("--split", default="train", help="split of a data set (default train); a single file is its own")
     add("--out", type=Path, metavar="RECIPE", help="the YAML to write (default: the data's name)", complete=shtab.FILE)
-    return parser
 
 
-def _train(commands: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "train",
-        help="train and evaluate methods by a recipe",
-        description="Fine-tune with a recipe, measure what was learned and what was kept, write a report.",
-        usage="%(prog)s RECIPE [options] [key.subkey=value ...]\n       %(prog)s RECIPE RECIPE ... --sequence\n"
-        "       %(prog)s --list",
+def _train(parser: Any) -> None:
+    """Fine-tune with a recipe, measure what was learned and what was kept, write a report."""
+    parser.usage = (
+        "%(prog)s RECIPE [options] [key.subkey=value ...]\n"
+        "       %(prog)s RECIPE RECIPE ... --sequence\n"
+        "       %(prog)s --list"
     )
     add = _adder(parser)
     recipes = dict.fromkeys(("bash", "zsh"), "_lora_null_recipe")
@@ -134,16 +132,12 @@ def _train(commands: Any) -> argparse.ArgumentParser:
     _add_consent(add)
     add("--print-config", action="store_true", help="print the resolved recipe")
     add("--list", action="store_true", help="list the shipped recipes")
-    return parser
 
 
-def _report(commands: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "report",
-        help="write a run's report again",
-        description="Write report.md, report.html and forgetting.png for a run or a grid. For an unfinished run, write "
-        "unfinished.html. Several folders are also compared on one page.",
-    )
+def _report(parser: Any) -> None:
+    """Write report.md, report.html and forgetting.png for a run or a grid. For an unfinished run, write
+    unfinished.html. Several folders are also compared on one page.
+    """
     add = _adder(parser)
     add(
         "--out",
@@ -153,16 +147,12 @@ def _report(commands: Any) -> argparse.ArgumentParser:
         complete=shtab.DIRECTORY,
     )
     add("words", nargs="+", metavar="DIR", help="output folder of a run", complete=shtab.DIRECTORY)
-    return parser
 
 
-def _init(commands: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "init",
-        help="write an initial adapter and its factors",
-        description="Calibrate, solve, and write DIR/adapter (a plain LoRA for the original model, for any trainer to "
-        "continue) and DIR/init (for a recipe: method.init=DIR). A killed run continues where it was.",
-    )
+def _init(parser: Any) -> None:
+    """Calibrate, solve, and write DIR/adapter (a plain LoRA for the original model, for any trainer to continue) and
+    DIR/init (for a recipe: method.init=DIR). A killed run continues where it was.
+    """
     add = _adder(parser)
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write", complete=shtab.DIRECTORY)
     variants = "v2 (default): B = 0, train B alone; v1: train A and B; nb: train A and B, A kept in a null basis N"
@@ -187,7 +177,6 @@ def _init(commands: Any) -> argparse.ArgumentParser:
     add("--device", help="where layers run and are solved (default: the accelerator if there is one)")
     add("--low-memory", action="store_true", help="leave the weights in their files, read layer by layer")
     _add_calibration(_adder(parser.add_argument_group("calibration")))
-    return parser
 
 
 def _add_calibration(add: Callable[..., None]) -> None:
@@ -248,13 +237,10 @@ def amount(text: str) -> float:
     return value
 
 
-def _export(commands: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "export",
-        help="write what a run trained as an adapter, a merged model or a GGUF adapter",
-        description="Write what RUN/METHOD trained to a new folder with a model card. It is loaded again on a fresh "
-        "base and its logits on real text are compared with the run's before the folder appears.",
-    )
+def _export(parser: Any) -> None:
+    """Write what RUN/METHOD trained to a new folder with a model card. It is loaded again on a fresh base and its
+    logits on real text are compared with the run's before the folder appears.
+    """
     add = _adder(parser)
     _add_source(add)
     add("--out", required=True, type=Path, help="folder to write", complete=shtab.DIRECTORY)
@@ -275,7 +261,6 @@ def _export(commands: Any) -> argparse.ArgumentParser:
     _add_questions(add)
     add("--license", metavar="ID", help="license of the base, where its card does not say")
     add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
-    return parser
 
 
 def _add_source(add: Any) -> None:
@@ -318,13 +303,10 @@ def _add_questions(add: Any) -> None:
     _add_consent(add)
 
 
-def _dial(commands: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "dial",
-        help="evaluate an adapter at several strengths (factors of its change ΔW)",
-        description="Evaluate an adapter with ΔW times 0 … 1.25, without retraining, and draw what is learned against what "
-        "is forgotten. Writes RUN/METHOD/dial; `export --strength` and `--max-forgetting` write the adapter at one of them.",
-    )
+def _dial(parser: Any) -> None:
+    """Evaluate an adapter with ΔW times 0 … 1.25, without retraining, and draw what is learned against what is
+    forgotten. Writes RUN/METHOD/dial; `export --strength` and `--max-forgetting` write the adapter at one of them.
+    """
     add = _adder(parser)
     _add_source(add)
     about = f"factors by which ΔW is multiplied; 1 is the adapter as saved (default {STRENGTHS})"
@@ -334,16 +316,12 @@ def _dial(commands: Any) -> argparse.ArgumentParser:
     _add_trust(add)
     add("--out", type=Path, help="folder in which `dial` is written (default: RUN/METHOD)", complete=shtab.DIRECTORY)
     _add_questions(add)
-    return parser
 
 
-def _repair(commands: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "repair",
-        help="take out of a trained adapter what it does to the texts to keep",
-        description="Compute from an adapter of any LoRA training one that leaves the texts to keep alone and does what was "
-        "learned, of the same rank, without training. Writes DIR/adapter.",
-    )
+def _repair(parser: Any) -> None:
+    """Compute from an adapter of any LoRA training one that leaves the texts to keep alone and does what was learned,
+    of the same rank, without training. Writes DIR/adapter.
+    """
     add = _adder(parser)
     _add_source(add)
     add("--keep", metavar="PATH", help="texts to keep (default: the run's calibration)", complete=shtab.FILE)
@@ -358,30 +336,35 @@ def _repair(commands: Any) -> argparse.ArgumentParser:
     _add_trust(add)
     about = "folder to write (default: RUN/METHOD-repaired)"
     add("--out", type=Path, metavar="DIR", help=about, complete=shtab.DIRECTORY)
-    return parser
 
 
-def _check(commands: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "check",
-        help="say whether a folder is a sound adapter, and how to serve it",
-        description="Look at an adapter's keys, shapes, ranks, dtypes, config and base as PEFT and vLLM read them; "
-        "no weights of the base are loaded. Exit status 1 where something is wrong.",
-    )
+def _check(parser: Any) -> None:
+    """Look at an adapter's keys, shapes, ranks, dtypes, config and base as PEFT and vLLM read them; no weights of the
+    base are loaded. Exit status 1 where something is wrong.
+    """
     add = _adder(parser)
     add("folder", type=Path, metavar="DIR", help="folder of an adapter, or RUN/METHOD", complete=shtab.DIRECTORY)
     add("--base", help="folder or hub id of the base (default: what the adapter's config names)")
     _add_trust(add)
-    return parser
 
 
-def _judge(commands: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "judge",
-        help="grade MT-Bench answers with a judge model",
-        description="Grade MT-Bench answers in FastChat's format; writes the judgments beside them and prints the scores. "
-        "Run again, it goes on where it stopped. Exit status 1 where the endpoint fails.",
-    )
+def _judge(parser: Any) -> None:
+    """Grade MT-Bench answers in FastChat's format; writes the judgments beside them and prints the scores. Run again,
+    it goes on where it stopped. Exit status 1 where the endpoint fails.
+    """
     for action in add_options(parser):
         action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
-    return parser
+
+
+# Name → what adds its options, whose docstring is the description that --help prints, and its line in the list of commands.
+COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "new": (_new, "write a recipe for your model and your data"),
+    "train": (_train, "train and evaluate methods by a recipe"),
+    "report": (_report, "write a run's report again"),
+    "init": (_init, "write an initial adapter and its factors"),
+    "export": (_export, "write what a run trained as an adapter, a merged model or a GGUF adapter"),
+    "check": (_check, "say whether a folder is a sound adapter, and how to serve it"),
+    "judge": (_judge, "grade MT-Bench answers with a judge model"),
+    "dial": (_dial, "evaluate an adapter at several strengths (factors of its change ΔW)"),
+    "repair": (_repair, "take out of a trained adapter what it does to the texts to keep"),
+}
