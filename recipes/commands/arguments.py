@@ -37,7 +37,6 @@ KEYS_AS_OPTIONS = {
         for command in ("export", "dial", "check", "repair")
     },
 }
-BASE = "folder or hub id of the base, where the recipe's or the config's is no longer there"
 MEASURE = "--max-forgetting: the metric (default: the first KL, else the first metric)"
 STRENGTHS, MAX_STRENGTH = "0,0.2,0.4,0.6,0.8,1,1.25", 2.0
 
@@ -242,13 +241,11 @@ def _export(parser: Any) -> None:
     logits on real text are compared with the run's before the folder appears.
     """
     add = _adder(parser)
-    _add_source(add)
     add("--out", required=True, type=Path, help="folder to write", complete=shtab.DIRECTORY)
     add("--form", type=_form, default="adapter", help="adapter (default), merged or gguf")
     add("--rank", type=int, help="adapter, gguf: truncate to this rank by SVD")
     add("--dtype", choices=DTYPES, help="merged: dtype of the weights (default: as the base's files)")
-    add("--base", help="folder or hub id of the base, where the recipe's is no longer there")
-    _add_trust(add)
+    _add_source(add)
     add("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
     add("--strength", type=strength, metavar="S", help="write ΔW times S; 1 is the adapter as saved")
     add(
@@ -264,9 +261,11 @@ def _export(parser: Any) -> None:
 
 
 def _add_source(add: Any) -> None:
-    """Add the trained adapter that a command works on."""
+    """Add the trained adapter that a command works on, and what says which base it is of."""
     about = "one method of a run, or any PEFT LoRA"
     add("source", type=Path, metavar="RUN/METHOD", help=about, complete=shtab.DIRECTORY)
+    add("--base", help="folder or hub id of the base, where the recipe's or the config's is no longer there")
+    _add_trust(add)
 
 
 def _add_trust(add: Any) -> None:
@@ -308,12 +307,10 @@ def _dial(parser: Any) -> None:
     forgotten. Writes RUN/METHOD/dial; `export --strength` and `--max-forgetting` write the adapter at one of them.
     """
     add = _adder(parser)
-    _add_source(add)
     about = f"factors by which ΔW is multiplied; 1 is the adapter as saved (default {STRENGTHS})"
     add("--strengths", type=strengths, default=STRENGTHS, metavar="S,S", help=about)
     add("--max-forgetting", type=amount, metavar="X", help="say which of them forgets no more than X")
-    add("--base", help=BASE)
-    _add_trust(add)
+    _add_source(add)
     add("--out", type=Path, help="folder in which `dial` is written (default: RUN/METHOD)", complete=shtab.DIRECTORY)
     _add_questions(add)
 
@@ -323,7 +320,6 @@ def _repair(parser: Any) -> None:
     of the same rank, without training. Writes DIR/adapter.
     """
     add = _adder(parser)
-    _add_source(add)
     add("--keep", metavar="PATH", help="texts to keep (default: the run's calibration)", complete=shtab.FILE)
     add("--data", metavar="PATH", help="what was learned (default: the run's training rows)", complete=shtab.FILE)
     about = "of the texts to keep, compared with what was learned; more keeps more (default 1)"
@@ -332,8 +328,7 @@ def _repair(parser: Any) -> None:
     add("--max-forgetting", type=amount, metavar="X", help=about)
     add("--measure", metavar="NAME", help=MEASURE)
     _add_consent(add)
-    add("--base", help=BASE)
-    _add_trust(add)
+    _add_source(add)
     about = "folder to write (default: RUN/METHOD-repaired)"
     add("--out", type=Path, metavar="DIR", help=about, complete=shtab.DIRECTORY)
 
