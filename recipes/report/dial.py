@@ -8,8 +8,8 @@ from markupsafe import Markup
 from pydantic import BaseModel, Field
 
 from lora_null.eval_harness import Metric
-from lora_null.recipes.report.drawing import colors_of, default_look
-from lora_null.recipes.report.figures import dial_png, dial_svg
+from lora_null.recipes.report.drawing import colors_of, default_look, escape_math, png, sentence, svg
+from lora_null.recipes.report.figures import dial_figure
 from lora_null.recipes.report.headline import Measure, forgetting, learning
 from lora_null.recipes.report.table import Table, build_table, escape_markdown
 from lora_null.recipes.results import MIN_ROWS, Paired, Results, Row, display_name, validated
@@ -89,15 +89,19 @@ class Dial(BaseModel):
 
 def dial_picture(dial: Dial, color: str) -> Markup | None:
     """Return the picture of a dial, for the page; None where it has no frontier."""
-    return dial_svg(*dial.measures(), [point.strength for point in dial.points], display_name(dial.method), color)
+    figure = dial_figure(*dial.measures(), [point.strength for point in dial.points], color)
+    shows = "learned against forgotten, one point a strength; the numbers are in the table below."
+    return None if figure is None else svg(figure, f"{display_name(dial.method)}: {shows}")
 
 
 @default_look
 def write_dial(folder: Path, dial: Dial) -> None:
     """Write dial.json, dial.md and dial.png into a folder."""
-    label, color = display_name(dial.method), colors_of([dial.method])[dial.method]
+    title, color = f"{escape_math(display_name(dial.method))} by its strength", colors_of([dial.method])[dial.method]
+    figure = dial_figure(*dial.measures(), [point.strength for point in dial.points], color, title)
+    missing = "Only one of learning and forgetting was measured: there is no frontier to draw."
     with replacing(folder / "dial.png") as temporary:
-        temporary.write_bytes(dial_png(*dial.measures(), [point.strength for point in dial.points], label, color))
+        temporary.write_bytes(png(figure or sentence(missing)))
     write_text(folder / "dial.md", markdown(dial))
     write_json(folder / FILE, {"schema": SCHEMA} | dial.model_dump())
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
@@ -184,27 +183,16 @@ def curves_picture(results: Results, logs: Sequence[TrainLog], key: str, title: 
     return Picture(drawings, panels=True, title=title)
 
 
-def dial_png(
-    kept: Measure | None, learned: Measure | None, strengths: Sequence[float], label: str, color: str
-) -> bytes:
-    """The frontier of one adapter: a point a strength, joined from the base on; bars are one standard error."""
-    if kept is None or learned is None:
-        return png(sentence("Only one of learning and forgetting was measured: there is no frontier to draw."))
-    return png(_dial(kept, learned, strengths, color, f"{escape_math(label)} by its strength"))
+def dial_figure(
+    kept: Measure | None, learned: Measure | None, strengths: Sequence[float], color: str, title: str = ""
+) -> Figure | None:
+    """The frontier of one adapter: a point a strength, joined from the base on; bars are one standard error.
 
-
-def dial_svg(
-    kept: Measure | None, learned: Measure | None, strengths: Sequence[float], label: str, color: str
-) -> Markup | None:
-    """The same for the page, which has the title; None where there is no frontier to draw."""
+    None unless both sides were measured. With a title it is for a file of its own, without one for the page. Strengths that
+    cover others are in the table.
+    """
     if kept is None or learned is None:
         return None
-    alt = f"{label}: learned against forgotten, one point a strength; the numbers are in the table below."
-    return svg(_dial(kept, learned, strengths, color), alt)
-
-
-def _dial(kept: Measure, learned: Measure, strengths: Sequence[float], color: str, title: str = "") -> Figure:
-    """Draw the frontier, with a title in a file of its own; strengths that cover others are in the table."""
     points = _scaled(kept, learned)
     figure, axes = new_figure(*((7.4, 4.6) if title else (4.1, 3.2)), size=10 if title else 9)
     axes.plot(*zip((0, 0), *points.values()), color=color, linewidth=1.5, zorder=2)
