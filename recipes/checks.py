@@ -36,7 +36,7 @@ from lora_null.recipes.data.templates import CHAT
 from lora_null.recipes.models.bases import attention, load_config
 from lora_null.recipes.models.plan import MethodPlan, recipe_method, with_method
 from lora_null.recipes.models.quantization import check_bitsandbytes
-from lora_null.recipes.training import TRAINERS, cut_by_trainer, training_arguments
+from lora_null.recipes.training import TRAINERS, rows_cut_at, training_arguments
 from lora_null.start import InitOptions, LayerReport, check_made_for
 from lora_null.store import find_initialization, read_report, read_scalings
 from lora_null.trainer.collated_rows import check_labels
@@ -210,7 +210,7 @@ def check_answers_end(
     if recipe.preflight == "off":
         return
     rows = tokenize(data.examples[:CHECKED_ROWS], recipe.data.template, tokenizer)
-    cut = None if cut_by_trainer(training) else training.max_length
+    cut = rows_cut_at(training)
     looked_at = [(row.ids[:cut], row.labels[:cut]) for row in rows]
     ends = _listed(tokenizer.eos_token_id)
     if not any(ends.intersection(labels) for _, labels in looked_at):  # else nothing is asked of a hub

@@ -39,7 +39,7 @@ from lora_null.recipes.data.examples import Example, Tokenized, leave_out, read_
 from lora_null.recipes.data.formats import askable, detect_format, question_and_answer
 from lora_null.recipes.data.rows import RowText, load_documents
 from lora_null.recipes.data.templates import CHAT, trimmed_prompt
-from lora_null.trainer.calibration_data import kept_part
+from lora_null.recipes.training import trained_part
 from lora_null.utils.errors import UserError
 
 # Keys that entries with rows share with `data`.
@@ -174,7 +174,7 @@ def _preferences(entry: PreferencesEntry, role: Role, context: EvalContext) -> P
     keys |= recipe.data.model_dump(include={"template", "system", "thinking"})
     examples, bad = read_examples(DataSection(**keys), tokenizer, preferences=True, where=where)
     sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
-    part = kept_part(max_length, at_end=recipe.training.get("truncation_mode") == "keep_end")
+    part = trained_part(recipe, max_length)
     chosen, rejected = ([_pair(tokens, part) for tokens in side] for side in sides)
     kept = [i for i, pair in enumerate(chosen) if pair and rejected[i]]
     lost = [examples[i].row for i in sorted({*range(len(examples))} - {*kept})]

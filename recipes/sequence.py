@@ -31,7 +31,6 @@ from lora_null.recipes.comparisons import paired_gain
 from lora_null.recipes.config.load import merge
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.stages import stage_recipes
-from lora_null.recipes.data.examples import tokenize
 from lora_null.recipes.job import Job, check_asked_alike, check_run, check_same_everywhere, inputs_of
 from lora_null.recipes.models.bases import load_base_after
 from lora_null.recipes.models.plan import MethodPlan, recipe_method
@@ -52,8 +51,9 @@ from lora_null.recipes.results import (
 )
 from lora_null.recipes.run import run_job
 from lora_null.recipes.trained import weights_in
+from lora_null.recipes.training import trained_ids
 from lora_null.start import DEFAULTS
-from lora_null.trainer.calibration_data import kept_part, padded_batches
+from lora_null.trainer.calibration_data import padded_batches
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_process, together
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import link
@@ -207,8 +207,7 @@ def _uses_grams(recipe: Recipe, name: str) -> bool:
 def training_ids(job: Job) -> list[list[int]]:
     """Return the token ids of a task's first training rows, as many as there are calibration windows."""
     examples = job.data.examples[: job.recipe.calibration.samples]
-    part = kept_part(job.max_length, at_end=job.recipe.training.get("truncation_mode") == "keep_end")
-    return [tokens.ids[part].tolist() for tokens in tokenize(examples, job.recipe.data.template, job.tokenizer)]
+    return trained_ids(job.recipe, examples, job.tokenizer, job.max_length)
 
 
 def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.data.examples import TrainingData, training_data
+from lora_null.recipes.data.examples import Example, TrainingData, tokenize, training_data
 from lora_null.recipes.environment import accelerator, choose_precision
 from lora_null.recipes.private_names import take_one_gpu
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
+from lora_null.trainer.calibration_data import kept_part
 from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError, first_line
 
@@ -181,9 +183,27 @@ def cut_by_trainer(training: SFTConfig | DPOConfig) -> bool:
     return training.truncation_mode == "keep_end"
 
 
+def rows_cut_at(training: SFTConfig | DPOConfig) -> int | None:
+    """Return the tokens at which rows are cut before the trainer gets them; None where that is left to it."""
+    return None if cut_by_trainer(training) else training.max_length
+
+
+def trained_part(recipe: Recipe, max_length: int | None) -> slice:
+    """Return which tokens of a row are trained on where `max_length` are at most; see `kept_part`."""
+    return kept_part(max_length, at_end=recipe.training.get("truncation_mode") == "keep_end")
+
+
+def trained_ids(
+    recipe: Recipe, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> list[list[int]]:
+    """Return the token ids of rows, the part of each that is trained on."""
+    part = trained_part(recipe, max_length)
+    return [row.ids[part].tolist() for row in tokenize(examples, recipe.data.template, tokenizer)]
+
+
 def read_training_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, training: SFTConfig | DPOConfig
 ) -> TrainingData:
     """Return the checked training rows; print which were left out."""
-    cut = None if cut_by_trainer(training) else training.max_length
-    return training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut)
+    preferences = recipe.trainer == "dpo"
+    return training_data(recipe.data, tokenizer, preferences=preferences, max_length=rows_cut_at(training))

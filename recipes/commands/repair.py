@@ -24,15 +24,15 @@ from lora_null.recipes.config.run_folder import RECIPE_FILE, TASKS_FOLDER, whole
 from lora_null.recipes.config.schema import CalibrationSection, Recipe, calibration_entry, parse_recipe, parse_section
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.data.calibration import calibration_sources, window_args
-from lora_null.recipes.data.examples import read_examples, tokenize
+from lora_null.recipes.data.examples import read_examples
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.job import Job
 from lora_null.recipes.measure import budget_measurement, evaluate_base
 from lora_null.recipes.models.bases import load_tokenizer
 from lora_null.recipes.output import REPAIRED, check_place
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
-from lora_null.recipes.training import TRAINERS
-from lora_null.trainer.calibration_data import kept_part, padded_batches
+from lora_null.recipes.training import TRAINERS, trained_ids
+from lora_null.trainer.calibration_data import padded_batches
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import check_free, replacing_folder, write_json, write_safetensors
 
@@ -181,5 +181,4 @@ def _training_rows(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     data = recipe.data.model_copy(update={"limit": min(ROWS, recipe.data.limit or ROWS)})
     examples, _ = read_examples(data, tokenizer, preferences=recipe.trainer == "dpo")
     most = recipe.training.get("max_length", TRAINERS[recipe.trainer].config.max_length)
-    part = kept_part(most, at_end=recipe.training.get("truncation_mode") == "keep_end")
-    return [list(row.ids[part]) for row in tokenize(examples, data.template, tokenizer)]
+    return trained_ids(recipe, examples, tokenizer, most)
