@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from lora_null.adapters.base_hash import same_base
 from lora_null.adapters.inspection import check_copies, check_modules
 from lora_null.adapters.plain import CONFIG_FILE
-from lora_null.adapters.saved import read_adapter
+from lora_null.adapters.saved import SavedAdapter, read_adapter
 from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE, TASKS_FOLDER, is_of_run, whole_of
 from lora_null.recipes.config.schema import ModelSection, parse_section
@@ -110,6 +110,11 @@ class Trained:
     def folder(self) -> Path:
         """Where the weights are."""
         return self.elsewhere or self.home / self.kind
+
+    @cached_property
+    def adapter(self) -> SavedAdapter:
+        """What it holds, of the kind "adapter", read when it is first asked for."""
+        return read_adapter(self.folder)
 
     @property
     def home(self) -> Path:
@@ -217,7 +222,7 @@ def check_adapter_fits(source: Trained) -> None:
     """
     if source.kind != "adapter":
         raise UserError(f"{source.home}: {source.method} trains whole weights, which have no strength")
-    adapter = read_adapter(source.folder)
+    adapter = source.adapter
     if adapter.config.get("use_dora"):
         raise UserError(f"{source.folder}: DoRA rescales whole weights, its change is not linear in a strength")
     adapter.pairs()  # refuses what is no A or B

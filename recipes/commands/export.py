@@ -26,7 +26,6 @@ from lora_null.adapters.base_hash import FINGERPRINT, base_fingerprint, same_bas
 from lora_null.adapters.gguf import gguf_names, load_gguf, read_gguf, write_gguf
 from lora_null.adapters.merge import DTYPES, deltas_of, write_checkpoint
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of, uniform
-from lora_null.adapters.saved import read_adapter
 from lora_null.adapters.strength import Strength
 from lora_null.adapters.truncate import MOST_LOST, balanced_where_they_cancel, check_rank, truncate_all
 from lora_null.adapters.verify import compare, logits_of
@@ -116,9 +115,9 @@ def run(arguments: argparse.Namespace) -> None:
     if source.elsewhere:
         check_adapter_fits(source)
     if arguments.rank is not None:
-        check_rank(read_adapter(source.folder).pairs(), arguments.rank)
+        check_rank(source.adapter.pairs(), arguments.rank)
     if arguments.form == "gguf":
-        gguf_names(read_adapter(source.folder).pairs(), source.base.config)
+        gguf_names(source.adapter.pairs(), source.base.config)
     holds = source.base.folder if arguments.form == "merged" and source.kind == "adapter" else source.folder
     check_space(arguments.out, sum(file.stat().st_size for file in holds.glob("*.safetensors")), "--out")
     strength, note = _strength(source, arguments)
@@ -213,7 +212,7 @@ def _write(export: Export, arguments: argparse.Namespace) -> None:
     if export.form == "merged":
         _write_merged(export, arguments.dtype)
         return
-    adapter = read_adapter(export.source.folder)
+    adapter = export.source.adapter
     _check_base(export, adapter.metadata)
     pairs, scaling = _plain(export, adapter, arguments.rank)
     if export.form == "gguf":
@@ -287,7 +286,7 @@ def _write_merged(export: Export, dtype: str | None) -> None:
     deltas = {}
     empty = base.empty()
     if export.source.kind == "adapter":
-        adapter = read_adapter(folder)
+        adapter = export.source.adapter
         _check_base(export, adapter.metadata)
         deltas = deltas_of(
             adapter.pairs(),

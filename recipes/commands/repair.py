@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, state_of
 from lora_null.adapters.repair import Repair, repair
-from lora_null.adapters.saved import SavedAdapter, read_adapter
+from lora_null.adapters.saved import SavedAdapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes import caches
 from lora_null.recipes.budget import repair_to_budget
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     source = find_trained(arguments.source, arguments.base, trust=arguments.trust_remote_code)
     check_adapter_fits(source)
     out = _folder_for(source, arguments)
-    recipes, adapter = _recipes_of(source), read_adapter(source.folder)
+    recipes, adapter = _recipes_of(source), source.adapter
     with tempfile.TemporaryDirectory() as scratch:
         job = _budget_job(source, arguments, Path(scratch))
         batches = _batches(source, recipes, arguments)
