@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lora_null.recipes.comparisons import Evaluations, compare, noise_of, read_evaluations
 from lora_null.recipes.config.run_folder import RECIPE_FILE
+from lora_null.recipes.report.after_table import after_table, probe_curves
 from lora_null.recipes.report.drawing import default_look, palette, variable
 from lora_null.recipes.report.figures import (
     card_png,
@@ -25,7 +26,6 @@ from lora_null.recipes.report.figures import (
     plane_alt,
     row_colors,
 )
-from lora_null.recipes.report.following import following, probe_curves
 from lora_null.recipes.report.grid_figures import frontier_picture, frontier_png, magnitude_picture, magnitude_png
 from lora_null.recipes.report.grid_page import diverged_rows, grid_content, grid_headline
 from lora_null.recipes.report.headline import against_reference, headline, verdicts
@@ -159,7 +159,7 @@ def _content(results: Results, evaluations: Evaluations, output_dir: Path) -> di
     shared = _shared(results, evaluations, output_dir)
     if results.grid:  # its runs have reports of their own, with their curves
         return shared | {
-            "follows": following(results, output_dir, []),
+            "after_table": after_table(results, output_dir, []),
             "picture": frontier_picture(results),
             "grid": grid_content(results, evaluations),
             "sizes": magnitude_picture(results),
@@ -173,7 +173,7 @@ def _content(results: Results, evaluations: Evaluations, output_dir: Path) -> di
     adapters = [i for i, row in enumerate(results.rows) if row.adapter_params and not results.of_several_runs]
     best = next((i for verdict in claims for i in verdict.winners if i in adapters), next(iter(adapters), None))
     return shared | {
-        "follows": following(results, output_dir, logs),
+        "after_table": after_table(results, output_dir, logs),
         "picture": forgetting_picture(results),
         "verdicts": claims,
         "curves": [curve for curve in curves if curve],

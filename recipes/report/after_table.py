@@ -1,4 +1,4 @@
-"""What follows from a run: what to do next, how a budget was kept, what the dial and a sequence of tasks show."""
+"""What a report says after its table: what to do next, how a budget was kept, what the dial and a sequence of tasks show."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def probe_curves(logs: Sequence[TrainLog]) -> list[tuple[str, str]]:
     return [(key, f"Probe: {metric_title(key.removeprefix(PREFIX))}") for key in keys if key != SECONDS]
 
 
-def following(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> dict[str, Any]:
-    """Return what the templates `following.*` show; what a run does not have is empty."""
+def after_table(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> dict[str, Any]:
+    """Return what the templates `after_table.*` show; what a run does not have is empty."""
     dials = []
     for row, color in zip(results.rows[1:], row_colors(results)[1:]) if not results.grid else ():
         found = read_dial(output_dir / row.method)

@@ -9,9 +9,9 @@ import pytest
 from lora_null.__main__ import main
 from lora_null.eval_harness import Evaluation, Metric
 from lora_null.recipes.config.run_folder import MARK
+from lora_null.recipes.report.after_table import next_step, sequence_tables
 from lora_null.recipes.report.dial import Dial, DialPoint, dial_summary, write_dial
 from lora_null.recipes.report.drawing import COLORS
-from lora_null.recipes.report.following import next_step, sequence_tables
 from lora_null.recipes.report.headline import headline
 from lora_null.recipes.report.render import write_report
 from lora_null.recipes.results import (
