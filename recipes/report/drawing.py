@@ -26,6 +26,8 @@ try:
 except ValueError as error:  # a matplotlibrc in another encoding, which matplotlib has named
     raise UserError(f"matplotlib: {error}; mend or remove its matplotlibrc") from None
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
@@ -139,18 +141,29 @@ def sentence(text: str, *, narrow: bool = False) -> Figure:
     return figure
 
 
+def lay_out(figure: Figure) -> None:
+    """Give all axes their places for good; what is measured or drawn from now on does not do so again."""
+    FigureCanvasAgg(figure)  # which measures text
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+
+
 def png(figure: Figure) -> bytes:
     """Return the figure as PNG; equal figures give equal bytes."""
+    lay_out(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})  # savefig would draw twice
     return buffer.getvalue()
 
 
 def svg(figure: Figure, alt: str) -> Markup:
     """The figure as SVG for the page: no background, sized by the page, colors as variables of its style sheet."""
+    lay_out(figure)
+    figure.set_facecolor("none")
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     head = '<svg viewBox="{}" role="img" aria-label="{}">'

@@ -28,6 +28,7 @@ from lora_null.recipes.report.drawing import (
     dress,
     escape_math,
     is_wide,
+    lay_out,
     markers_of,
     new_figure,
     png,
@@ -202,7 +203,7 @@ def dial_figure(
     axes.margins(0.1)
     _plane_titles(axes, kept, learned, since=" from the base")
     axes.set_title(title, loc="left", fontweight="bold")
-    figure.draw_without_rendering()
+    lay_out(figure)
     named = [((0.0, 0.0), "base"), *((points[i], f"{strengths[i]:g}") for i in reversed(points))]
     taken = [_boxes(axes, place, {"xerr": 0, "yerr": 0})[0] for place, _ in named]
     for place, text in named:
@@ -298,7 +299,7 @@ def _name_points(axes: Axes, results: Results, kept: Measure, learned: Measure) 
 
     It is the last thing that is drawn: where the points are is known only then. Other names are in the legend alone.
     """
-    axes.figure.draw_without_rendering()
+    lay_out(axes.figure)
     points, labels, colors = _scaled(kept, learned), results.labels(), row_colors(results)
     boxes = {i: _boxes(axes, place, _errors(kept, learned, i)) for i, place in points.items()}
     taken = [marker for marker, _ in boxes.values()] + [text.get_window_extent() for text in axes.texts]
