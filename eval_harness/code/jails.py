@@ -37,6 +37,10 @@ NOBODY = 65534
 TRIAL_SECONDS = 60
 PACKAGES = ("site-packages", "dist-packages")  # others', in the library's folder
 NOT_COPIED = (*PACKAGES, "test", "tests", "tkinter", "idlelib", "ensurepip", "config-*")
+# For Python, where root starts the jail. Popen's `user` would copy all of the page tables of a process with a model.
+AS_NOBODY = (
+    f"import os, sys; os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY}); os.execv(sys.argv[1], sys.argv[1:])"
+)
 FIRST_TO_DIE = (
     'echo 1000 > /proc/self/oom_score_adj; exec "$@"'  # for /bin/sh: if memory runs out, the jail goes first
 )
@@ -122,8 +126,7 @@ class Bubblewrap(Jail):
         return list(bubblewrap_command())
 
     def options(self) -> dict[str, Any]:
-        as_nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-        return {"cwd": "/", "env": {}} | as_nobody  # the system does not limit root's processes
+        return {"cwd": "/", "env": {}}
 
     def problem(self) -> str | None:
         if shutil.which("bwrap") is None:
@@ -136,6 +139,8 @@ class Bubblewrap(Jail):
 def bubblewrap_command() -> tuple[str, ...]:
     """Return bubblewrap's command line with the files that Python needs, the interpreter last."""
     words = ["/bin/sh", "-c", FIRST_TO_DIE, "sh", shutil.which("bwrap") or "bwrap"]
+    if os.geteuid() == 0:  # whose processes the system does not limit
+        words = [interpreter(), "-I", "-S", "-B", "-c", AS_NOBODY, *words]
     words += ["--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL", "--hostname", "jail"]
     words += ["--uid", str(NOBODY), "--gid", str(NOBODY), "--die-with-parent", "--new-session", "--clearenv"]
     for path in python_files():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_null.eval_harness.code import jails, programs
+from lora_null.eval_harness.code import inside, jails, programs
 from lora_null.eval_harness.code.jails import find_jail
 from lora_null.eval_harness.code.programs import Program, run_program, use_jail
 from lora_null.utils.errors import UserError
@@ -562,6 +562,18 @@ def test_becoming_root(run):
     refused(run, "import os; os.setuid(0)")
     refused(run, "import os; os.execv('/usr/bin/su', ['su'])")
     refused(run, "import subprocess; subprocess.run(['mount'])")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's jail runs as another user")
+def test_roots_jail_is_nobodys():
+    """Outside too, where the limit on processes counts."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with working("bwrap").start("program", jails.Limits(), **pipes) as process, process.stdin, process.stdout:
+        inside.send(process.stdin.fileno(), ("ready", inside.encode(((), {}), None)))
+        assert inside.receive(process.stdout.fileno())[0] == "value"
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    lines = {line.partition(":")[0]: line.split()[1:] for line in status.splitlines()}
+    assert {*lines["Uid"], *lines["Gid"]} == {str(jails.NOBODY)} and not lines["Groups"]
 
 
 def test_namespaces_and_mounts(run):
