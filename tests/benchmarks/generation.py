@@ -21,6 +21,7 @@ TASKS = {
     "gsm8k": ("gsm8k/gsm8k.yaml", ("train", "test")),
 }
 BATCH_SIZE = 8
+LM_EVAL_COMMAND = Path(__file__).resolve().parents[1] / "lm_eval_command.py"
 
 
 def make_adapter(model: str, folder: Path, dtype: str) -> None:
@@ -65,7 +66,8 @@ def theirs(model: str, adapter: str, files: dict[str, str], given: argparse.Name
             f"dataset_name: null\ndataset_kwargs:\n  data_files:\n{data_files}"
         )
     words = f"pretrained={model},peft={adapter},dtype={given.dtype}"
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", words, "--device", given.device]
+    program = [LM_EVAL_COMMAND] if given.quick else ["-m", "lm_eval"]
+    command = [sys.executable, *program, "--model", "hf", "--model_args", words, "--device", given.device]
     command += ["--tasks", ",".join(f"my_{name}" for name in files), "--include_path", folder, "--num_fewshot", "0"]
     return [*command, "--batch_size", BATCH_SIZE, "--limit", given.limit, "--output_path", folder / "out"]
 
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for JSON")
+    parser.add_argument("--quick", action="store_true", help="without lm-eval's own tasks: shows that it runs")
     parser.add_argument("--ours", help=argparse.SUPPRESS)
     given = parser.parse_args()
     files = {name: str(Path(path).resolve()) for name in TASKS if (path := getattr(given, name))}

@@ -239,7 +239,7 @@ def evaluation(machine: Machine) -> list[Step]:
         return ["--model", str(save_tiny(folder / "model", **shape))]
 
     command = [str(BENCHMARKS / "generation.py"), "--gsm8k", str(GSM8K), "--device", machine.device, "--out", "{out}"]
-    command += ["--limit", "2"] if machine.toy else ["--limit", "64", "--dtype", "bfloat16"]
+    command += ["--limit", "2", "--quick"] if machine.toy else ["--limit", "64", "--dtype", "bfloat16"]
     vllm = [str(HERE / "served.py"), "--gsm8k", str(GSM8K), "--out", "{out}"]
     return [
         Step("f", "lm-eval", 300, machine.lacks(8), command, _json("generation.json"), model),
