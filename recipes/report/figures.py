@@ -171,16 +171,19 @@ def curves_picture(results: Results, logs: Sequence[TrainLog], key: str, title: 
     smooth = {i: _moving_average(values) for i, (_, values) in series.items()}
     every = [value for _, values in series.values() for value in values]
     span = np.ptp(every) or 1
+    figure, axes = new_figure(2.3, 1.6, size=8)  # of all panels, which differ in what is drawn strongly
+    for i, (steps, _) in series.items():
+        axes.plot(steps, smooth[i], color=FAINT, linewidth=1, zorder=1)
+    axes.set_ylim(min(every) - 0.05 * span, max(every) + 0.05 * span)
+    axes.set_xlabel("step", fontsize=8)
     for i, (steps, values) in series.items():
-        figure, axes = new_figure(2.3, 1.6, size=8)
-        for j, (other_steps, _) in series.items():
-            axes.plot(other_steps, smooth[j], color=FAINT, linewidth=1, zorder=1)
-        axes.plot(steps, values, color=colors[i], linewidth=0.8, alpha=0.4, zorder=2)
-        axes.plot(steps, smooth[i], color=colors[i], linewidth=2, zorder=3, marker="o" if len(steps) == 1 else None)
-        axes.set_ylim(min(every) - 0.05 * span, max(every) + 0.05 * span)
-        axes.set_xlabel("step", fontsize=8)
+        marker = "o" if len(steps) == 1 else None
+        drawn = axes.plot(steps, values, color=colors[i], linewidth=0.8, alpha=0.4, zorder=2)
+        drawn += axes.plot(steps, smooth[i], color=colors[i], linewidth=2, zorder=3, marker=marker)
         alt = f"{title} of {labels[i]}: {values[0]:.3g} first, {values[-1]:.3g} last."
         drawings.append((labels[i], svg(figure, alt)))
+        for line in drawn:
+            line.remove()
     return Picture(drawings, panels=True, title=title)
 
 
