@@ -68,6 +68,7 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
             "that several processes share; leave it out, or start one process"
         )
     options |= {"output_dir": str(folder), "seed": recipe.seed, "data_seed": recipe.seed} | replaced
+    _compile_as_asked(recipe)
     try:
         # the launcher's would stand where neither bf16 nor fp16 is true
         with patch_environment(ACCELERATE_MIXED_PRECISION="no"):
@@ -82,6 +83,19 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
         print_once(f"device      one of {found.n_gpu} GPUs; accelerate launch -m lora_null.recipes … trains on all")
         take_one_gpu(found)
     return found
+
+
+def _compile_as_asked(recipe: Recipe) -> None:
+    """Leave torch.compile to the recipe: a launcher's, or one that a shell still has, would slow a short run a hundredfold."""
+    asked = any(recipe.training.get(f"torch_compile{part}") for part in ("", "_backend", "_mode"))
+    found = {} if asked else {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_DYNAMO_")}
+    for key in found:
+        del os.environ[key]
+    if (backend := found.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
+        print_once(
+            "compile     no, as training.torch_compile says, not the launcher's or the shell's "
+            f"(ACCELERATE_DYNAMO_BACKEND={backend})"
+        )
 
 
 def _tell_other_precision(taken: str) -> None:

@@ -335,9 +335,15 @@ def test_a_full_disk_is_known_in_every_wrapping(capsys, tmp_path):
         with replacing(tmp_path / "cache" / "file"):
             raise error
 
+    def an_adapter_says(error):
+        with replacing_folder(tmp_path / "run" / "adapter"):
+            raise error
+
     for error in (OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device")):
         assert exit_status(lambda error=error: a_write_says(error)) == 1
         assert f"error: no space left on the disk of {tmp_path / 'cache'};" in capsys.readouterr().err
+        assert exit_status(lambda error=error: an_adapter_says(type(error)(*error.args))) == 1
+        assert f"error: no space left on the disk of {tmp_path / 'run'};" in capsys.readouterr().err
     assert exit_status(a_quota_says) == 1
     assert "error: a file is larger than the system lets one be (ulimit -f)" in capsys.readouterr().err
     assert exit_status(torch_says) == exit_status(safetensors_says) == exit_status(wrapped) == 1

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from engine_worlds import begin
 from tiny import save_tiny
 from trl import DPOConfig, SFTConfig
@@ -547,6 +548,20 @@ def test_the_recipes_precision_stands_over_the_launchers(own, launchers, taken, 
     made = run.training_arguments(load_recipe("quickstart", [f"training.bf16={own}"]), tmp_path)
     assert made.mixed_precision == taken  # with which the trainer makes its accelerator
     assert (f"(ACCELERATE_MIXED_PRECISION={launchers})" in capsys.readouterr().out) is (launchers not in ("no", taken))
+
+
+@pytest.mark.parametrize("own, launchers, told", [
+    ({}, "INDUCTOR", True), ({}, "NO", False), ({"torch_compile_backend": "eager"}, "inductor", False),
+])  # fmt: skip
+def test_what_is_compiled_is_the_recipes_to_say(own, launchers, told, monkeypatch, capsys, tmp_path):
+    for key, value in (("BACKEND", launchers), ("USE_FULLGRAPH", "true"), ("MODE", "default")):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{key}", value)
+    recipe = load_recipe("quickstart", [f"training.{key}={value}" for key, value in own.items()])
+    made = run.training_arguments(recipe, tmp_path)
+    assert (f"(ACCELERATE_DYNAMO_BACKEND={launchers})" in capsys.readouterr().out) is told
+    taken = TorchDynamoPlugin(backend=made.torch_compile_backend)  # as the trainer makes it where it compiles
+    assert (taken.backend.value.lower(), taken.fullgraph) == (("eager", True) if own else ("no", False))
+    assert made.torch_compile is bool(own)
 
 
 def test_auto_asks_a_gpu_itself(monkeypatch):

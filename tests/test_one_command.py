@@ -272,3 +272,32 @@ sys.exit(exit_status(command))
         process.stdin.write(b"\n")
         process.stdin.close()
     assert process.returncode == 3 and (tmp_path / "done").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_a_log_on_a_full_disk_ends_no_command(options, tmp_path):
+    """What is lost is told once on the other stream; where both are on that disk there is none."""
+    code = r"""
+import sys
+from lora_null.utils.errors import exit_status
+def command():
+    print("more\n" * 9999, flush=True)
+    print("more", flush=True)
+    print("here", file=sys.stderr)
+    return 3
+sys.exit(exit_status(command))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, *options, "-c", code]
+    with open("/dev/full", "wb") as full:
+        found = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert found.returncode == 3
+        assert found.stderr == "stdout: no space left on its disk; what follows is not written there\nhere\n"
+        assert subprocess.run(command, env=environment, stdout=full, stderr=full).returncode == 3
+
+
+def test_an_interpreter_without_docstrings_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=2))
+    assert main(["check", "adapter"]) == 2
+    assert "python -OO (PYTHONOPTIMIZE=2) removes docstrings, which transformers reads" in capsys.readouterr().err

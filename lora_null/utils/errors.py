@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 SIGTERM_STATUS = 128 + signal.SIGTERM
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a quota
 WORKER, WORKERS = "LORA_NULL_WORKER", "LORA_NULL_WORKERS"  # of processes that work apart: which, of how many
 
 
@@ -61,18 +62,24 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
 
 
 class _Output(io.FileIO):
-    """Stdout or stderr, whose reader may leave, as `head` does: what is written from then on goes nowhere.
+    """Stdout or stderr, whose reader may leave, as `head` does, or whose disk may fill: what follows goes nowhere.
 
-    So no command stops half-way because nobody reads on. Another pipe or socket that is closed is still an error.
+    So no command stops half-way because nobody reads on, or for want of space for a log. Another pipe or socket that is
+    closed is still an error.
     """
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, *NO_SPACE):
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
+            if error.errno in NO_SPACE:
+                name, other = ("stdout", sys.stderr) if self.fileno() == 1 else ("stderr", sys.stdout)
+                print(f"{name}: no space left on its disk; what follows is not written there", file=other)
             return super().write(data)
 
 
@@ -94,7 +101,8 @@ def exit_status(command: Callable[[], int | None]) -> int:
     told in one line on stderr; 130 for Ctrl-C.
 
     Of many processes it is told once per machine. Any other exception is a fault of ours and keeps its traceback. What the
-    encoding of stdout lacks is printed as "?". A reader of stdout or stderr that leaves, as `head` does, changes nothing.
+    encoding of stdout lacks is printed as "?". A reader of stdout or stderr that leaves, as `head` does, changes nothing, nor
+    does a full disk that they are written to.
     """
     _outlive_readers()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -150,7 +158,7 @@ def _why_refused(error: BaseException) -> str | None:
 def _why_not_written(error: BaseException) -> str | None:
     """Return what an exception tells of a full disk, a quota or a limit, which torch and safetensors wrap in their own."""
     number, text, file = getattr(error, "errno", None), str(error), getattr(error, "filename", None)
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+    if number in NO_SPACE or "No space left on device" in text:
         return "no space left on the disk" + (f" of {os.path.dirname(file)}" if file else "")
     if number == errno.EFBIG or "File too large" in text:
         return "a file is larger than the system lets one be (ulimit -f)"

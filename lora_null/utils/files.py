@@ -48,16 +48,24 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
     try:
-        yield temporary
-        flush(temporary)
-        os.replace(temporary, path)
-        flush(path.parent)
+        with _naming(path):
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path into errors of writing, which name none by themselves."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         if isinstance(error, SafetensorError) or (error.errno is not None and error.filename is None):
             error.filename = str(path.absolute())  # pyright: ignore[reportAttributeAccessIssue]
-        raise  # a failed write names no file by itself
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise
 
 
 def check_free(path: Path) -> None:
@@ -82,16 +90,17 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     temporary = beside(path)
     temporary.mkdir()
     try:
-        yield temporary
-        for entry in temporary.rglob("*"):
-            flush(entry)
-        flush(temporary)
-        try:
-            os.replace(temporary, path)  # over an empty folder too
-        except OSError:
-            check_free(path)  # which another process may have filled meanwhile
-            raise
-        flush(path.parent)
+        with _naming(path):
+            yield temporary
+            for entry in temporary.rglob("*"):
+                flush(entry)
+            flush(temporary)
+            try:
+                os.replace(temporary, path)  # over an empty folder too
+            except OSError:
+                check_free(path)  # which another process may have filled meanwhile
+                raise
+            flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

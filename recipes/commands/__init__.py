@@ -95,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int | None:
         if sys.platform == "win32":
             raise UserError("the commands run on Linux and macOS; on Windows in WSL")
+        if sys.flags.optimize > 1:
+            raise UserError("python -OO (PYTHONOPTIMIZE=2) removes docstrings, which transformers reads; -O works")
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         name = arguments.command or "train"  # without a command: --list
         try:
