@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers that take all cores, and spin there while
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # they wait, stand in each other's way
@@ -15,7 +16,11 @@ from lora_null.utils.quiet import show_messages
 
 
 def pytest_collection_finish():
-    """Leave what imports have made out of garbage collections: every run makes several, of half a second each."""
+    """Leave what imports have made out of garbage collections: every run makes several, of half a second each.
+
+    And write no bytecode of what tests import: a file that is edited within a second would be taken for the one before.
+    """
+    sys.dont_write_bytecode = True
     gc.collect()
     gc.freeze()
     gc.enable()
