@@ -15,7 +15,7 @@ from lora_null.recipes import output
 from lora_null.recipes.checks import is_rehearsed
 from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.data.rows import load_documents
+from lora_null.recipes.data.rows import documents_of
 from lora_null.recipes.grid import check_grid, grid_cells, space_of_grid
 from lora_null.recipes.job import Job, check_run, space_of_run
 from lora_null.recipes.models.bases import empty_model
@@ -67,7 +67,7 @@ def _count_rows(recipe: Recipe) -> int | None:
     data = recipe.data
     if not Path(data.path).is_file():
         return None
-    found = load_documents(data.path, subset=data.subset, split=data.split, where="data", keep_bad=True)
+    found = documents_of(data, "data", keep_bad=True)
     return min(max(0, len(found.rows) - data.offset), data.limit or len(found.rows))
 
 

@@ -37,7 +37,7 @@ from lora_null.recipes.config.schema import (
 from lora_null.recipes.data.conversations import prompt_text
 from lora_null.recipes.data.examples import Example, Tokenized, leave_out, read_examples, tokenize
 from lora_null.recipes.data.formats import askable, detect_format, question_and_answer
-from lora_null.recipes.data.rows import RowText, load_documents
+from lora_null.recipes.data.rows import RowText, documents_of
 from lora_null.recipes.data.templates import CHAT, trimmed_prompt
 from lora_null.recipes.training import trained_part
 from lora_null.utils.errors import UserError
@@ -136,7 +136,7 @@ def _fields_of(entry: AnswersEntry, where: str) -> dict[str, Any]:
     """Return the fields of question and answer: those that are given, else those with usual names, else a conversation's or a text's."""
     if entry.prompt and entry.response:
         return {"prompt": entry.prompt, "response": entry.response}
-    first = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=1, keep_bad=True)
+    first = documents_of(entry, where, limit=1, keep_bad=True)
     if found := question_and_answer(askable(first.columns, first.rows), entry.prompt, entry.response):
         return found
     if entry.prompt is None and entry.response is None:
@@ -195,7 +195,7 @@ def _pair(tokens: Tokenized, part: slice) -> TokenizedPair | None:
 def _mt_bench(entry: MTBenchEntry, role: Role, context: EvalContext) -> MTBenchTask:
     where = f"eval.{role}"
     recipe = context.recipe
-    rows = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where).rows
+    rows = documents_of(entry, where).rows
     references = read_documents([Path(entry.references)], f"{where}.references").rows if entry.references else ()
     template, judge = recipe.data.template, recipe.eval.judge
 
@@ -218,7 +218,7 @@ def _mt_bench(entry: MTBenchEntry, role: Role, context: EvalContext) -> MTBenchT
 
 def _forgetting(entry: ForgettingEntry, role: Role, context: EvalContext) -> ForgettingTask:
     where = f"eval.{role}"
-    found = load_documents(entry.path, subset=entry.subset, split=entry.split, where=where, limit=entry.limit)
+    found = documents_of(entry, where, limit=entry.limit)
     text_of = RowText(entry.field, found.columns, f"{where}.field")
     texts: list[str] = []
     for number, row in list(zip(found.numbers, found.rows))[: entry.limit]:

@@ -28,7 +28,7 @@ from lora_null.recipes.data.conversations import (
     write_conversation,
     write_preference,
 )
-from lora_null.recipes.data.rows import RowText, check_field, field_text, load_documents
+from lora_null.recipes.data.rows import RowText, check_field, documents_of, field_text
 from lora_null.recipes.data.templates import CHAT, trimmed, trimmed_prompt
 from lora_null.utils.chat import (
     SYSTEM,
@@ -181,7 +181,7 @@ def read_examples(
     """
     check_chat_template(data.template, tokenizer, where)
     last = None if data.limit is None else data.offset + data.limit
-    documents = load_documents(data.path, subset=data.subset, split=data.split, where=where, keep_bad=True, limit=last)
+    documents = documents_of(data, where, keep_bad=True, limit=last)
     numbers = [*documents.numbers, *(row.row for row in documents.bad)]
     if numbers and max(numbers) <= data.offset:
         raise UserError(f"{where}.offset: {data.path} has only {len(numbers)} rows")

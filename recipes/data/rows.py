@@ -67,6 +67,11 @@ def load_documents(
     return Documents(from_arrow(kept, kept.features.to_dict()), list(range(1, len(kept) + 1)))
 
 
+def documents_of(section: Any, where: str, **options: Any) -> Documents:
+    """Load the split that a section or an entry of a recipe names; as `load_documents`."""
+    return load_documents(section.path, subset=section.subset, split=section.split, where=where, **options)
+
+
 def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     """Return a split's data files, those of its folders where it holds none itself, as a downloaded hub data set does.
 
