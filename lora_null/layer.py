@@ -158,6 +158,11 @@ def active_adapter(model: nn.Module) -> str:
     return model.active_adapters[0] if isinstance(model, PeftModel) else "default"
 
 
+def active_config(model: Any) -> PeftConfig | None:
+    """Return the config of `active_adapter`; None for what is no PEFT model."""
+    return model.peft_config[active_adapter(model)] if isinstance(model, PeftModel) else None
+
+
 def factors_of(layer: nn.Module, adapter_name: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
     """Return A (r, d_in) and B (d_out, r) of an adapter, as they train."""
     A, B = (factor[adapter_name].weight for factor in (layer.lora_A, layer.lora_B))

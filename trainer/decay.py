@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
 
 from lora_null.config import starts_from_residual
-from lora_null.layer import active_adapter, adapted_layers, factors_of, is_started, residual_of
+from lora_null.layer import active_adapter, active_config, adapted_layers, factors_of, is_started, residual_of
 from lora_null.utils.errors import UserError
 from lora_null.utils.sharding import whole_parameters
 
@@ -45,7 +45,7 @@ def decays_to_start(
     Raises:
         UserError: it is asked for where it means nothing, or is due where it cannot be done.
     """
-    config = model.peft_config[active_adapter(model)] if isinstance(model, PeftModel) else None
+    config = active_config(model)
     groups = optimizer.param_groups if optimizer is not None else [{"weight_decay": args.weight_decay}]
     decay = max(group.get("weight_decay", 0.0) for group in groups)
     residual = starts_from_residual(config) and not _started_without_residual(model)

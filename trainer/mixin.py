@@ -25,7 +25,7 @@ from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
 from lora_null.earlier import after_earlier
 from lora_null.fingerprint import check_whole
-from lora_null.layer import is_started
+from lora_null.layer import active_config, is_started
 from lora_null.layerwise import NotAChain
 from lora_null.start import InitOptions, LayerReport, Start, WholeModel, compute_start, load_start
 from lora_null.store import REPORT_FILE, cached_folder, clear, copy_store, find_initialization, read_report
@@ -381,7 +381,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
     def _settings(self, decays_to_start: bool) -> dict[str, Any]:
         """Return what decides the start and what trains, by the names of `check_settings`, as a checkpoint keeps it."""
         name = self.method.name
-        config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
+        config = active_config(self.model)
         found = {"started": self._already_trained and getattr(config, "variant", None), "method": name}
         found |= {f"method.options.{name}.{x.name}": getattr(self.method, x.name) for x in fields(self.method)}
         if config is not None:
@@ -586,7 +586,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
         looked_at = self.method.training_batches(self)
         if looked_at is None:
             return None
-        config = self.model.peft_config[self.adapter_name]
+        config = active_config(self.model)
         options = (getattr(config, key, None) for key in ("eva_config", "lora_ga_config"))
         rule = " ".join([repr(self.method), *(repr(given) for given in options if given is not None)])
 
@@ -627,7 +627,7 @@ class LoraNullMixin(LossTermsMixin, OptimizerMixin, WeightsInFilesMixin, SavingM
 
     def _drift_is_measurable(self) -> bool:
         """Return whether the drift of a plain adapter can be followed; what cannot is said in a line."""
-        config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
+        config = active_config(self.model)
         asks = adapts_plainly(self.method) or getattr(config, "use_dora", False)
         reason = why_not_measured(self.model, self.adapter_name) if asks else None
         if reason is not None:

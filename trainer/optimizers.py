@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
+from lora_null.layer import active_config
 from lora_null.trainer.checkpoints import SavingMixin, bare
 from lora_null.trainer.decay import DecayToStart, averages, check_decay_is_read, decays_to_start, optimizer_name
 from lora_null.trainer.methods import Method
@@ -170,7 +171,6 @@ class OptimizerMixin(SavingMixin):
         """
         kind, deepspeed = (self.optimizer_cls_and_kwargs or [None])[0], self.is_deepspeed_enabled
         name = optimizer_name(self.args, optimizer, kind)
-        config = self.model.peft_config[self.adapter_name] if isinstance(self.model, PeftModel) else None
-        if averages(name) and getattr(config, "variant", None) == "nb":
+        if averages(name) and getattr(active_config(self.model), "variant", None) == "nb":
             raise UserError(f"optim: {name} averages weights, and nb-lora's A would leave its basis; use adamw_torch")
         return decays_to_start(self._asked_to_start, self.model, self.args, optimizer, deepspeed=deepspeed, kind=kind)

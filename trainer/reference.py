@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_null.layer import active_adapter
+from lora_null.layer import active_adapter, active_config
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import start_that_rewrites, trains_biases
 
@@ -37,7 +37,7 @@ def check_reference(given: Mapping[str, Any], *, takes_it: bool) -> None:
         raise UserError(
             "model: holds the reference of an earlier trainer; after model.delete_adapter('ref') it is compared with what it is now"
         )
-    config = model.peft_config[trained] if isinstance(model, PeftModel) else given.get("peft_config")
+    config = active_config(model) or given.get("peft_config")
     start = None if config is None or given.get("ref_model") is not None else start_that_rewrites(config)
     if start is not None:
         raise UserError(

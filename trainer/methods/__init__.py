@@ -42,7 +42,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from lora_null.config import LoraNullConfig, ResidualLoraConfig
-from lora_null.layer import active_adapter, is_started
+from lora_null.layer import active_adapter, active_config, is_started
 from lora_null.trainer.decay import optimizer_name, steps_in_backward
 from lora_null.trainer.methods.base import (
     METHODS,
@@ -110,7 +110,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
 
 def method_of(model: nn.Module) -> Method:
     """Return the method that a fresh adapter's config stands for; plain LoRA's where it stands for none."""
-    config = model.peft_config[active_adapter(model)] if isinstance(model, PeftModel) else None
+    config = active_config(model)
     if not isinstance(config, LoraNullConfig):
         return Method()
     if config.variant == "nb":
@@ -220,7 +220,7 @@ def check_has_method(model: Any, config: PeftConfig | None) -> None:
         UserError: naming the method to give.
     """
     if isinstance(model, PeftModel):
-        config = model.peft_config[active_adapter(model)]
+        config = active_config(model)
         by_hand = getattr(config, "init_lora_weights", None) == "eva"  # PEFT's own call leaves B = 0
         if by_hand or is_started(model, active_adapter(model)):
             return
@@ -250,8 +250,7 @@ def check_adapter(method: Method, model: Any, config: PeftConfig | None) -> None
         UserError: naming the config that goes with the method.
     """
     started = isinstance(model, PeftModel) and is_started(model, active_adapter(model))
-    if isinstance(model, PeftModel):
-        config = model.peft_config[active_adapter(model)]
+    config = active_config(model) or config
     wanted = _expected_config(method)
     if wanted is None and config is not None:
         raise UserError(f"peft_config: {method.name} trains the model itself, without an adapter; leave it out")

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from lora_null.adapters.plain import save_plain_adapter
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.layer import active_adapter, adapted_layers, freeze_factor
+from lora_null.layer import active_adapter, active_config, adapted_layers, freeze_factor
 from lora_null.targets import check_fits
 from lora_null.utils.errors import UserError, nearest
 
@@ -360,7 +360,7 @@ def check_terms(holder: Method, found: Any) -> None:
 
 def check_no_dora(method: Method, model: nn.Module) -> None:
     """Raise a UserError for a method that keeps directions of W0, whose rows DoRA rescales."""
-    if getattr(model.peft_config[active_adapter(model)], "use_dora", False):
+    if getattr(active_config(model), "use_dora", False):
         raise UserError(f"use_dora: {method.name} keeps directions of W0, and DoRA rescales its rows; leave it out")
 
 
