@@ -136,6 +136,11 @@ class InitOptions:
             if not isinstance(value := getattr(self, name), kind):
                 raise UserError(f"{name}: takes {told}, not {value!r}")
 
+    @property
+    def measuring(self) -> dict[str, Any]:
+        """What every measurement of inputs takes, by the names of `measure_in_parts`."""
+        return {"device": self.device, "seed": self.seed, "progress": self.progress}
+
 
 DEFAULTS = InitOptions()
 
@@ -488,16 +493,7 @@ def _measured(
             f"device: form='hooks' measures on {where}, where the model is; form='auto' may use {options.device}"
         )
     yield from measure_in_parts(
-        model,
-        layers,
-        batches,
-        form=options.form,
-        device=options.device,
-        weights=options.weights,
-        skip=done,
-        gram=gram,
-        seed=options.seed,
-        progress=options.progress,
+        model, layers, batches, form=options.form, weights=options.weights, skip=done, gram=gram, **options.measuring
     )
 
 

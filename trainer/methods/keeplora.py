@@ -63,14 +63,7 @@ class KeepLoRA(FromGradient):
         layers, adapter = self.layers(model), active_adapter(model)
         options: InitOptions = trainer.init_options_here()
         take_gradients(trainer, layers, batches)
-        parts = measure_in_parts(
-            model,
-            layers,
-            trainer.calibration_batches,
-            device=options.device,
-            seed=options.seed,
-            progress=options.progress,
-        )
+        parts = measure_in_parts(model, layers, trainer.calibration_batches, **options.measuring)
         with torch.no_grad(), contextlib.closing(parts):
             for _, part in parts:
                 for inputs in part.inputs:

@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from lora_null.calibration import InputStats
 from lora_null.layer import active_adapter
 from lora_null.layerwise import measure_on_each
+from lora_null.start import InitOptions
 from lora_null.trainer.calibration_data import kept_part, padded_batches
 from lora_null.trainer.methods.base import check_count, check_option, method
 from lora_null.trainer.methods.residual import ResidualMethod
@@ -54,11 +55,10 @@ class SCLoRA(ResidualMethod):
         """Return A0 and B0 of every layer, the same on every process; each input is solved where its Grams are."""
         model, tensors = trainer.model, {}
         layers, adapter = self.layers(model), active_adapter(model)
-        options = trainer.init_options_here()
+        options: InitOptions = trainer.init_options_here()
         with torch.no_grad():
             sets = [trainer.calibration_batches, batches]
-            measure = {"device": options.device, "seed": options.seed, "progress": options.progress}
-            for part in measure_on_each(model, layers, sets, **measure):
+            for part in measure_on_each(model, layers, sets, **options.measuring):
                 names = {name: knowledge.owner for knowledge, _ in part for name in knowledge.modules}
                 found = together(lambda part=part: self._solve(part, layers, adapter))
                 for name, owner in names.items():
