@@ -27,35 +27,30 @@ def check_reference(given: Mapping[str, Any], *, takes_it: bool) -> None:
 
     `given` holds the trainer's arguments by name; `takes_it` says whether it takes a `ref_model`.
     """
+    if given.get("ref_model") is not None:
+        return
     model = given.get("model")
-    trained = active_adapter(model) if isinstance(model, PeftModel) else "default"
-    if trained != "default" and given.get("ref_model") is None:
+    if (trained := active_adapter(model)) != "default":
         raise UserError(
             f"model: TRL takes the adapter 'default' for the reference, and {trained!r} trains; load it under the name 'default'"
         )
-    if isinstance(model, PeftModel) and "ref" in model.peft_config and given.get("ref_model") is None:
+    if isinstance(model, PeftModel) and "ref" in model.peft_config:
         raise UserError(
             "model: holds the reference of an earlier trainer; after model.delete_adapter('ref') it is compared with what it is now"
         )
     config = active_config(model) or given.get("peft_config")
-    start = None if config is None or given.get("ref_model") is not None else start_that_rewrites(config)
-    if start is not None:
+    if config is not None and (start := start_that_rewrites(config)) is not None:
         raise UserError(
             f"init_lora_weights: {start!r} takes its factors out of the base, which would be the reference without them; "
             "give ref_model=, or a method of ours, such as make_method('pissa'), whose reference is the original model"
         )
-    without_reference = given.get("peft_config") is None and given.get("ref_model") is None
     ahead = getattr(given.get("args"), "precompute_ref_log_probs", False)
-    bare = isinstance(model, PreTrainedModel)
-    if bare and without_reference and not ahead and not model.config.name_or_path:
+    if isinstance(model, PreTrainedModel) and config is None and not ahead and not model.config.name_or_path:
+        where, instead = "model", "save it, and load it with from_pretrained"
+        if takes_it:
+            where, instead = "ref_model", "give ref_model=copy.deepcopy(model), or precompute_ref_log_probs=True"
         raise UserError(
-            f"{'ref_model' if takes_it else 'model'}: every weight trains, and the model was loaded from no path that would give "
-            "the reference; "
-            + (
-                "give ref_model=copy.deepcopy(model), or precompute_ref_log_probs=True"
-                if takes_it
-                else "save it, and load it with from_pretrained"
-            )
+            f"{where}: every weight trains, and the model was loaded from no path that would give the reference; {instead}"
         )
 
 
