@@ -298,6 +298,10 @@ class LoraNullLinear(Linear):
         self._take_as_projected()
         _LAYERS_WITH_BASIS.add(self)
 
+    def drop_basis(self, adapter_name: str) -> None:
+        """Let A leave its basis from now on; an adapter without one stays as it is."""
+        self.bases = {name: basis for name, basis in self.bases.items() if name != adapter_name}
+
     def _take_as_projected(self) -> None:
         """Take each A that is kept in a basis, as it is and as it is written until the next pass, for one inside."""
         self._projected = {name: (id(factors_of(self, name)[0]), None) for name in self.bases}
@@ -524,7 +528,7 @@ class LoraNullLinear(Linear):
         self.started -= {adapter_name}
         self._not_trained_yet -= {adapter_name}
         self._of_null_basis -= {adapter_name}
-        self.bases = {name: basis for name, basis in self.bases.items() if name != adapter_name}
+        self.drop_basis(adapter_name)
         frozen = self.frozen_peft_weight_names
         self.frozen_peft_weight_names = {name: parts for name, parts in frozen.items() if name != adapter_name}
 

@@ -29,7 +29,7 @@ from lora_null.config import MULTIPLE, LoraNullConfig
 from lora_null.earlier import Earlier
 from lora_null.factors import LayerStats
 from lora_null.fingerprint import code_of, fingerprint_of, hook_in, initialization_key
-from lora_null.layer import factors_of
+from lora_null.layer import LoraNullLinear, factors_of
 from lora_null.layerwise import ALL, Form, measure_in_parts, visit_layers
 from lora_null.nullspace import SOLVERS
 from lora_null.solver import LayerSolver, NullSpace, Rule
@@ -291,8 +291,8 @@ def _reset(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
     """Let the adapters of a start that was not finished change nothing, as fresh ones do, so that it can be tried again."""
     for layer in layers.values():
         nn.init.zeros_(factors_of(layer, adapter_name)[1])
-        if adapter_name in getattr(layer, "bases", ()):
-            layer.bases = {name: basis for name, basis in layer.bases.items() if name != adapter_name}
+        if isinstance(layer, LoraNullLinear):
+            layer.drop_basis(adapter_name)
 
 
 def _measured_alone(
