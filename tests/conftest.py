@@ -12,7 +12,7 @@ import pytest
 
 from lora_null.utils.distributed import print_once
 from lora_null.utils.files import cache_root
-from lora_null.utils.quiet import show_messages
+from lora_null.utils.startup import show_messages
 
 
 def pytest_collection_finish():

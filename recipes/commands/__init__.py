@@ -19,8 +19,7 @@ from collections.abc import Iterator, Sequence
 
 from lora_null.recipes.commands.arguments import ALLOW, JAILED, KEYS_AS_OPTIONS, NAMING, build_parser
 from lora_null.utils.errors import SIGTERM_STATUS, UserError, exit_status, nearest
-from lora_null.utils.imports import uncollected
-from lora_null.utils.quiet import quiet
+from lora_null.utils.startup import quiet, uncollected
 
 RAISED_AGAIN_AFTER = 0.1  # seconds
 

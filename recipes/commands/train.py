@@ -15,7 +15,7 @@ from lora_null.recipes.config.run_folder import RECIPE_FILE, resume_command
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.stages import join_recipes, stage_recipes
 from lora_null.utils.errors import WORKERS, UserError
-from lora_null.utils.imports import uncollected
+from lora_null.utils.startup import uncollected
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
