@@ -135,7 +135,8 @@ def evaluate(
         engine=lm,
         progress=progress,
     )
-    metrics, samples, weights, noise, described, group_samples = {}, {}, {}, {}, {}, {}
+    noise, described = {}, {}
+    kinds = {name: {} for name in ("metrics", "samples", "weights", "group_samples")}
     with preserve(model, tokenizer), own_precision(model), lm_eval_silenced(), torch.no_grad():
         model.eval()
         for task in together(lambda: validate_tasks(tasks)):
@@ -143,10 +144,8 @@ def evaluate(
             batch = min(filter(None, (task.max_batch_size, batch_size)))
             task_options = replace(options, limit=task.effective_limit(limit), batch_size=batch)
             found = broadcast(task.run(model, tokenizer, task_options))
-            metrics |= found.metrics
-            samples |= found.samples
-            weights |= found.weights
-            group_samples |= found.group_samples
+            for name, of_all_tasks in kinds.items():
+                of_all_tasks.update(getattr(found, name))
             if record_reference:
                 noise |= _noise(task, found, model, tokenizer, task_options)
             described[task.key] = task.describe(task_options.limit) | found.settings
@@ -161,15 +160,7 @@ def evaluate(
         "backend": "hf" if lm is None else "vllm",
         "tasks": described,
     }
-    return Evaluation(
-        metrics=metrics,
-        settings=settings,
-        seconds=broadcast(time.perf_counter() - began),
-        samples=samples,
-        weights=weights,
-        noise=noise,
-        group_samples=group_samples,
-    )
+    return Evaluation(settings=settings, seconds=broadcast(time.perf_counter() - began), noise=noise, **kinds)
 
 
 def _noise(task: Task, first: TaskResult, model: nn.Module, tokenizer: Any, options: RunOptions) -> dict[str, float]:
