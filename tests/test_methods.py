@@ -648,6 +648,19 @@ def test_what_is_added_to_the_loss_is_what_the_method_names(tmp_path, monkeypatc
         trainer.train()
 
 
+def test_what_is_computed_becomes_a_and_b_and_nothing_of_it_is_ignored():
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear"))
+    name, layer = next(iter(adapted_layers(model).items()))
+    A, B = factors_of(layer)
+    Method().apply(model, {f"{name}.lora_A": torch.ones_like(A), f"{name}.lora_B": torch.ones_like(B)})
+    assert (A == 1).all() and (B == 1).all()
+    for other in ("scale", f"{name}.lora_E", "elsewhere.lora_A"):
+        with pytest.raises(
+            UserError, match=f"compute of lora returns '{other}', which is no LAYER.lora_A or LAYER.lora_B"
+        ):
+            Method().apply(model, {other: torch.ones(2)})
+
+
 def test_a_quantized_base_is_refused_with_the_methods_that_work():
     for name in ("pissa", "milora", "corda", "full", "osf", "mica"):
         with pytest.raises(UserError, match=f"{name} needs plain weights.*lora, lora-fa"):

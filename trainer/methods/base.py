@@ -236,13 +236,25 @@ class Method:
         """
         raise NotImplementedError
 
+    @torch.no_grad()
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make the model what it is before the first step: factors of `rule_for` are in it; write `tensors`.
+
+        By default LAYER.lora_A and LAYER.lora_B become A and B of that layer, and other names are refused (UserError).
 
         Args:
             model: with its adapter.
             tensors: what `compute` returned, now or, on resuming, in an earlier process.
         """
+        layers, adapter = self.layers(model), active_adapter(model)
+        for name, tensor in tensors.items():
+            module, _, factor = name.rpartition(".")
+            if module not in layers or factor not in ("lora_A", "lora_B"):
+                raise UserError(
+                    f"method: compute of {self.name} returns {name!r}, which is no LAYER.lora_A or LAYER.lora_B; define "
+                    "apply, which writes it"
+                )
+            getattr(layers[module], factor)[adapter].weight.copy_(tensor)
 
     def rows_trained_on(self, rows: int) -> int:
         """Return how many rows `training_data` makes of so many."""

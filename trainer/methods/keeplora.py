@@ -93,11 +93,6 @@ class KeepLoRA(FromGradient):
             found[name] = free_directions(gradient.to(kept), kept, r)
         return found
 
-    @torch.no_grad()
-    def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, layer in self.layers(model).items():
-            layer.lora_A[active_adapter(model)].weight.copy_(tensors[f"{name}.lora_A"])
-
 
 def kept_directions(weight: torch.Tensor, gram: torch.Tensor, of_weight: float, of_inputs: float) -> torch.Tensor:
     """Return M, (d_in, m) float64 with orthonormal columns.

@@ -97,14 +97,10 @@ class ResidualMethod(Method):
         """
         raise NotImplementedError
 
-    @torch.no_grad()
     def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write A0 and B0, where they were computed of the model as a whole (NAME.lora_A, NAME.lora_B); subtract s·B0A0."""
-        adapter, layers = active_adapter(model), self.layers(model)
-        for name, tensor in tensors.items():
-            module, _, factor = name.rpartition(".")
-            getattr(layers[module], factor)[adapter].weight.copy_(tensor)
-        subtract_residuals(model, adapter)
+        """Write A0 and B0, where they were computed of the model as a whole; subtract s·B0A0."""
+        super().apply(model, tensors)
+        subtract_residuals(model, active_adapter(model))
 
 
 @method
