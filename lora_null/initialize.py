@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from lora_null.calibration import Calibration
-from lora_null.earlier import after_earlier
+from lora_null.earlier_tasks import after_earlier
 from lora_null.layer import adapted_layers, freeze_factor
 from lora_null.residual import ResidualLoraModel, subtract_residuals
 from lora_null.start import DEFAULTS, InitOptions, LayerReport, compute_start, rule_of

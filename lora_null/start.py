@@ -26,7 +26,7 @@ from lora_null.batches import checked_batches, count_tokens
 from lora_null.calibration import Calibration, InputStats, LoadBalance, NotFinite
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.config import MULTIPLE, LoraNullConfig
-from lora_null.earlier import Earlier
+from lora_null.earlier_tasks import Earlier
 from lora_null.factors import LayerStats
 from lora_null.fingerprint import code_of, fingerprint_of, hook_in, initialization_key
 from lora_null.layer import LoraNullLinear, factors_of

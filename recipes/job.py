@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, SFTConfig
 
 from lora_null.adapters.base_hash import base_fingerprint, checkpoint_on_disk
-from lora_null.earlier import Earlier
+from lora_null.earlier_tasks import Earlier
 from lora_null.eval_harness import PreferenceTask, Task, validate_tasks
 from lora_null.recipes import caches
 from lora_null.recipes.budget import BudgetPlan, check_strength, plan_budget

@@ -21,7 +21,7 @@ from typing import Any
 from accelerate import PartialState
 
 from lora_null.adapters.saved import read_adapter
-from lora_null.earlier import COMPLETE, Earlier, keep_grams
+from lora_null.earlier_tasks import COMPLETE, Earlier, keep_grams
 from lora_null.eval_harness import Evaluation, MTBenchTask, Task
 from lora_null.eval_harness.lm_eval.vllm import max_lora_rank
 from lora_null.eval_harness.statistics import is_mean_of_samples

@@ -15,7 +15,7 @@ from torch import nn
 from lora_null import LoraNullConfig, UserError
 from lora_null.calibration import InputStats, measure_inputs
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.earlier import Earlier, WithEarlier, keep_grams
+from lora_null.earlier_tasks import Earlier, WithEarlier, keep_grams
 from lora_null.factors import LayerStats, null_factors
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers

@@ -24,7 +24,7 @@ from transformers import (
 from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights, solver, store
 from lora_null.batches import checked_batches
 from lora_null.calibration import InputMeter, measure_inputs
-from lora_null.earlier import Earlier, keep_grams
+from lora_null.earlier_tasks import Earlier, keep_grams
 from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.layerwise import walk_layers

@@ -19,7 +19,7 @@ from world import base, make_world, write_rows
 
 from lora_null.__main__ import main
 from lora_null.calibration import InputStats
-from lora_null.earlier import Earlier, WithEarlier, keep_grams, sketch_of
+from lora_null.earlier_tasks import Earlier, WithEarlier, keep_grams, sketch_of
 from lora_null.eval_harness import AnswerTask, Evaluation, Metric, evaluate
 from lora_null.layer import adapted_layers, factors_of
 from lora_null.nullspace import bottom_eigenspace
@@ -169,7 +169,9 @@ def test_grams_kept_over_those_of_another_model_are_the_new_ones_alone(tmp_path,
     over, alone = (Earlier(tmp_path / folder) for folder in ("over", "alone"))
     assert over.key == alone.key
     assert torch.equal(*(task.mean([q, k], torch.device("cpu")) for task in (over, alone)))
-    monkeypatch.setattr("lora_null.earlier.write_safetensors", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "lora_null.earlier_tasks.write_safetensors", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         keep_grams(tmp_path / "over", tiny_model(seed=6), [k], batches, progress=False)
     with pytest.raises(UserError, match="no complete Grams"):

@@ -23,7 +23,7 @@ from lora_null.batches import checked_batches, other_inputs, texts_in
 from lora_null.checkpoint_reader import adapters_in_memory
 from lora_null.config import LoraNullConfig
 from lora_null.drift import DriftMeter, WeightDriftMeter
-from lora_null.earlier import after_earlier
+from lora_null.earlier_tasks import after_earlier
 from lora_null.fingerprint import check_whole
 from lora_null.layer import active_config, is_started
 from lora_null.layerwise import NotAChain

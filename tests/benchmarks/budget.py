@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lora_null.earlier import from_lower_triangle, sketch_of
+from lora_null.earlier_tasks import from_lower_triangle, sketch_of
 from lora_null.nullspace import bottom_eigenspace
 from lora_null.recipes.commands import main as commands
 from lora_null.recipes.report.dial import read_dial
