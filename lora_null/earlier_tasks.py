@@ -2,8 +2,8 @@
 
 A task that is learned after others has to leave both the knowledge and the others alone: its null space is that of
 C = w₀ C₀/N₀ + Σ w_j C_j/N_j, of the inputs of the knowledge (0) and of every earlier task j over their N tokens each. The
-texts of the tasks are not needed again: of C_j its d(d+1)/2 distinct numbers are kept in float64, since its eigenvalues
-are squares, or a sketch F (d, q) with C_j ≈ F Fᵀ in float32, whose singular values are none.
+texts of the tasks are not needed again. What is kept of C_j are its d(d+1)/2 distinct numbers, in float64 since its
+eigenvalues are squares of X's singular values; or a sketch F (d, q) with C_j ≈ F Fᵀ, for which float32 is enough.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Earlier:
         return factor @ factor.T / tokens
 
     def tokens(self, modules: Sequence[str]) -> int:
-        """Return N_j of the input that the modules read; as `mean`."""
+        """Return N_j of the input that the modules read; raise as `mean` does."""
         return int(read_metadata(self._file(modules))["tokens"])
 
     def _file(self, modules: Sequence[str]) -> Path:

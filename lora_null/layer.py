@@ -28,7 +28,7 @@ from lora_null.utils.sharding import is_sharded, own_piece, whole_parameters
 logger = get_logger(__name__)
 
 TRL_REFERENCE = "ref"  # TRL adds an adapter of this name and copies the trained one's factors into it, to compare with
-OUTSIDE = 0.01  # share of a loaded A outside its basis that is more than rounding, of a bfloat16 file too
+OUTSIDE = 0.01  # share of ‖A‖ outside its basis, above which a loaded A was not only rounded, be it to bfloat16
 # Parts that activation checkpointing and torch.compile insert into module names.
 RUNTIME_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 READ_THE_BASE = ("use_dora", "arrow_config")  # options that compute with W0' alone, or with BA without B0A0
@@ -75,8 +75,8 @@ class NullBasis:
     """N (d_in, k), in whose span A stays; one object for all layers that read the same input.
 
     Attributes:
-        vectors: N, orthonormal columns rounded to float16 (float64 for an A of float64): half of the memory, and on
-            SmolLM2 less than 1.004 times the leakage; an exact null space leaks 8.6e-6. It follows A from device to
+        vectors: N, orthonormal columns rounded to float16 (float64 for an A of float64): half of float32's memory, and on
+            SmolLM2 less than 1.004 times its leakage; an exact null space leaks 8.6e-6. It follows A from device to
             device.
     """
 
@@ -90,7 +90,7 @@ class NullBasis:
 
     @torch.no_grad()
     def project_(self, A: torch.Tensor) -> None:
-        """Project A (r, d_in) onto the span of N, in place: exact, for N as stored, to A's rounding, float32 at best.
+        """Project A (r, d_in) onto the span of N as stored, in place, to the rounding of A's dtype.
 
         Rounded columns are not quite orthonormal: N Nᵀ is the projection but for an error E of about 1e-4. A second round,
         on what the first one missed, leaves E².
@@ -126,7 +126,7 @@ def keep_in_null_basis(peft_model: nn.Module, *, after_step: bool = False) -> No
 
 
 def _project_after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Put every A back that an optimizer has moved; a fused one leaves no trace of that in the version of a tensor."""
+    """Put back every A that the optimizer holds: a fused one moves tensors without counting up their version."""
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in list(_LAYERS_WITH_BASIS):
         for name in layer.bases:
@@ -251,7 +251,7 @@ class LoraNullLinear(Linear):
     started: frozenset[str] = frozenset()
     bases: Mapping[str, NullBasis] = MappingProxyType({})
     projected_by_step: frozenset[str] = frozenset()  # adapters whose A an optimizer's step has put back last
-    # Adapter → the id of its A, and A's version when it lay in its span; None where what was written lies there.
+    # Adapter → the id of its A, and A's version when it was seen in its span; None: whichever the next pass finds.
     _projected: Mapping[str, tuple[int, int | None]] = MappingProxyType({})
     _not_trained_yet: frozenset[str] = frozenset()  # adapters of a LoraNullConfig, until their first training pass
     _of_null_basis: frozenset[str] = frozenset()  # adapters of variant nb
@@ -303,7 +303,7 @@ class LoraNullLinear(Linear):
         self.bases = {name: basis for name, basis in self.bases.items() if name != adapter_name}
 
     def _take_as_projected(self) -> None:
-        """Take each A that is kept in a basis, as it is and as it is written until the next pass, for one inside."""
+        """Take every A that has a basis for one inside its span, whatever is written to it before the next pass."""
         self._projected = {name: (id(factors_of(self, name)[0]), None) for name in self.bases}
 
     def project_A(self, adapter_name: str) -> None:
@@ -318,10 +318,10 @@ class LoraNullLinear(Linear):
         return adapter_name in self.projected_by_step and self._projected.get(adapter_name) == (id(A), A._version)
 
     def _project_moved(self) -> None:
-        """Put those A back that something else than an optimizer has moved since.
+        """Put back every A that something else than an optimizer has moved.
 
-        What was written or loaded just now is inside; its very bits stay. What stands in for A in this pass alone, as in
-        `torch.func.functional_call`, is its owner's.
+        One that was just started or loaded is inside its span and keeps its bits. A tensor that stands in for A in this
+        pass alone, as in `torch.func.functional_call`, is left as it is.
         """
         for name in self.bases if self.training and not torch.compiler.is_compiling() else ():
             A = factors_of(self, name)[0]
@@ -340,7 +340,7 @@ class LoraNullLinear(Linear):
             UserError: one whose A is to be kept in a basis was loaded or combined without it.
         """
         for name in self._of_null_basis.intersection(self.active_adapters) - self.bases.keys():
-            whole = not is_sharded(factors_of(self, name)[1])  # of pieces some processes alone would raise
+            whole = not is_sharded(factors_of(self, name)[1])  # of a sharded B only some processes would raise
             if name in self.started or (whole and self._is_zero(name) is False):  # or combined from others
                 raise UserError(NO_BASIS)
         begin = self._not_trained_yet.intersection(self.active_adapters)

@@ -110,9 +110,9 @@ DECIDES_NOTHING += ("target_modules", "exclude_modules", "layers_to_transform", 
 
 
 class _Begin(TrainerCallback):
-    """Before the first step, of another attempt with smaller batches too: checks an optimizer that the trainer did not
-    make, forgets the terms of an earlier attempt, finds the best checkpoint so far, reads the weights where FSDP2 has
-    sharded the model, and checks that the terms have entered the step."""
+    """Acts before the first step, and again where training begins anew with smaller batches: checks an optimizer that the
+    trainer did not make, forgets the terms of an earlier attempt, finds the best checkpoint so far, reads the weights
+    where FSDP2 has sharded the model, and checks that the terms have entered the step."""
 
     def __init__(self, trainer: LoraNullMixin) -> None:
         self.trainer = trainer

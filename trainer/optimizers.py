@@ -29,7 +29,7 @@ def named_optimizer(
 ) -> tuple[Any, dict[str, Any]]:
     """Return the class and options of the optimizer that `args.optim` names, for a layerwise one those of its plain kind.
 
-    To make a layerwise one puts hooks on the model, by which it steps in each backward pass.
+    Making a layerwise one would put hooks on the model, which step in each backward pass.
 
     Raises:
         UserError: Transformers cannot make it here, as where its package is missing.

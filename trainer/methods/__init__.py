@@ -235,11 +235,12 @@ def check_has_method(model: Any, config: PeftConfig | None) -> None:
 
 
 def check_adapter(method: Method, model: Any, config: PeftConfig | None) -> None:
-    """Refuse a method on another adapter than the one it makes, of which it would train or save something else.
+    """Refuse a method on an adapter of another kind than it makes: it would train or save something else.
 
-    A LoRA that was trained already goes on under plain LoRA's methods and those that only freeze; under a method that
-    computes a start, which it would not get any more, only one of its own kind does; and on a residual base none does under
-    a method that shapes s·BA, which is not the whole change there.
+    A LoRA that was trained already goes on under plain LoRA's methods and those that only freeze. It does not go on under
+
+    - a method that computes a start, unless the adapter is of that method's kind: it gets no start any more;
+    - a method that shapes s·BA, where its base is residual: s·BA is not the whole change there.
 
     Args:
         method: the method.

@@ -35,7 +35,8 @@ METHODS: dict[str, type[Method]] = {}
 RANK, RANK_ASKED = ("r", "lora_alpha"), ("use_rslora", "rank_pattern", "alpha_pattern")
 OURS = __name__.rpartition(".")[0] + "."  # the modules of the methods of this package
 PAIRS = (("extra_loss", "terms"), ("compute", "training_batches"))  # of which one does nothing without the other
-# A run keeps what is a method's in a folder of its name, beside what has these names; a name that ends in .py is a file's.
+# A run keeps each method in a folder of its name, beside its other files and folders, which have these names; what ends in
+# .py is taken for a file that holds a method.
 NAME = re.compile(
     r"(?i)(?!(base|cells|tasks|init|dial)$|checkpoint-|.*\.(py|md|html|png|jsonl?|ya?ml)$)[a-z0-9][a-z0-9_.+-]*"
 )
@@ -335,7 +336,7 @@ def check_option(holds: bool, where: str, what: str, value: Any) -> None:
 
 
 def check_types(holder: Method, given: Mapping[str, Any]) -> None:
-    """Raise a UserError for an option of another type than its annotation, of those that a recipe can write."""
+    """Raise a UserError for an option of another type than annotated, where a recipe can write all types annotated."""
     try:
         hints = get_type_hints(type(holder)) if given else {}
     except NameError:  # an annotation that type checkers alone can read

@@ -74,7 +74,7 @@ class KeepLoRA(FromGradient):
         return tensors
 
     def _solve(self, inputs: InputStats, layers: Mapping[str, Any], adapter: str) -> dict[str, torch.Tensor]:
-        """Return A0 of the layers that read an input, where its Gram is; their gradients are let go of."""
+        """Return A0 of the layers that read an input, where its Gram is, and free their gradients."""
         found = {}
         for name in inputs.modules:
             base = layers[name].get_base_layer()
