@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -17,7 +18,9 @@ from world import base, make_world, write_rows
 from lora_null.__main__ import main
 from lora_null.adapters.repair import RIDGE, change, repair, repaired
 from lora_null.adapters.saved import read_adapter
+from lora_null.recipes import caches, trained
 from lora_null.recipes.__main__ import main as recipes
+from lora_null.recipes.commands import dial
 
 R, D_IN, D_OUT, WEIGHT = 2, 7, 5, 0.7
 
@@ -62,7 +65,7 @@ def test_weights_between_nothing_and_everything():
     assert repaired(A.bfloat16(), gram, gram, 1.0).dtype == torch.bfloat16
 
 
-def trained(model, folder, **config):
+def left_by(model, folder, **config):
     """Leave an adapter that was trained for a few steps."""
     adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=True, **config))
     losses_over(adapted, random_batches(seed=5), steps=4)
@@ -79,7 +82,7 @@ def gpt2():
 def test_a_model_is_repaired_layer_by_layer(make, tmp_path):
     """Also where a scaling is a layer's own, and where a weight lies the other way round, as GPT-2's do."""
     targets = {"target_modules": ["q_proj", "down_proj"], "alpha_pattern": {"q_proj": 2}}
-    adapter = trained(make(), tmp_path, **(targets if make is tiny_model else {"target_modules": ["c_attn"]}))
+    adapter = left_by(make(), tmp_path, **(targets if make is tiny_model else {"target_modules": ["c_attn"]}))
     keep, task = random_batches(count=2, seed=1), random_batches(count=2, seed=2)
     (nothing, found) = repair(make().eval(), adapter, keep, task, weights=[0.0, WEIGHT])
     assert (nothing.kept, nothing.learned) == pytest.approx((1, 1)) and found.weight == WEIGHT
@@ -117,12 +120,15 @@ def test_the_command_repairs_what_a_run_trained(world, capsys, monkeypatch):
     method = world / "out" / "lora"
     assert main(["repair", str(method)]) == 0
     told, out = capsys.readouterr().out, world / "out" / "lora-repaired"
-    assert "keep: " in told and "task: 40 training rows" in told and f"lora-null dial {out} --strengths 1" in told
+    assert "keep: " in told and "task: 40 training rows\n" in told and f"lora-null dial {out} --strengths 1" in told
     read = [json.loads((folder / "adapter" / "adapter_config.json").read_text()) for folder in (method, out)]
     assert read[0] == read[1] and (out / "adapter" / "tokenizer.json").is_file()
     old, new = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (method, out))
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old if "lora_B" in k)
     assert main(["dial", str(out), "--strengths", "1"]) == 0 and main(["check", str(out)]) == 0
+    assert main(["export", str(out), "--out", str(world / "exported")]) == 0
+    note = "Repaired without training from the adapter lora, at weight 1, to leave facts.jsonl alone and do what it does on its"
+    assert note in (world / "exported" / "README.md").read_text()
     points = json.loads((out / "dial" / "dial.json").read_text())["points"]
     row = json.loads((world / "out" / "results.json").read_text())["rows"][1]
     assert points[1]["metrics"]["facts kl"]["value"] < 0.5 * row["metrics"]["facts kl"]["value"]
@@ -189,6 +195,11 @@ def test_the_command_repairs_any_adapter(world, tmp_path, capsys):
     notes = str(tmp_path / "notes.jsonl")
     assert main([*words, "--keep", notes, "--weight", "0"]) == 2
     assert "--weight: must be a number above 0" in capsys.readouterr().err
+    assert main([*words, "--keep", notes, "--weight", "1e308"]) == 2
+    assert "--weight: must be at most 1e+06, not 1e+308" in capsys.readouterr().err
+    for option in ("--keep", "--data"):
+        assert main([*words, "--keep", notes, option, str(tmp_path / "none.jsonl")]) == 2
+        assert f"error: {option}: no file or folder {tmp_path / 'none.jsonl'}" in capsys.readouterr().err
     assert main([*words, "--keep", notes, "--weight", "3"]) == 0
     assert "all directions count alike; --data names" in capsys.readouterr().out
     assert main([*words[:-1], str(tmp_path / "c"), "--keep", notes, "--data", str(world / "numbers.jsonl")]) == 0
@@ -209,3 +220,34 @@ def test_a_sequence_is_repaired_on_the_rows_of_all_its_tasks(tmp_path, capsys):
     for task, rows in (("1-one", 40), ("2-two", 52)):  # the adapter of a later task holds the earlier ones' change too
         assert main(["repair", str(tmp_path / "out" / "tasks" / task / "lora")]) == 0
         assert f"task: {rows} training rows" in capsys.readouterr().out
+
+
+def test_an_adapter_of_the_output_layer_is_refused_before_weights_load(world, tmp_path, capsys, monkeypatch):
+    get_peft_model(base(world), LoraConfig(r=4, target_modules=["q_proj", "lm_head"])).save_pretrained(tmp_path / "a")
+    monkeypatch.setattr(trained, "load_base", None)
+    words = ["--base", str(world / "model"), "--keep", str(world / "facts.jsonl"), "--out", str(tmp_path / "b")]
+    assert main(["repair", str(tmp_path / "a"), *words]) == 2
+    assert "changes lm_head, whose inputs are not measured" in capsys.readouterr().err
+
+
+def test_texts_that_the_model_wrote_after_the_rows_are_those_of_the_run(tmp_path, capsys, monkeypatch):
+    rows = [{"question": f"what is {i}", "answer": f"it is {i}"} for i in range(300)]
+    calibration = {"self": "data", "max_length": 96, "samples": 6}
+    recipe = make_world(tmp_path, calibration=calibration, method={"name": "lora-null-v2", "rank": 4})
+    words = ["training.save_strategy=no", "training.max_steps=1", "eval={retention: [], task: [], before: false}"]
+    words.append(f"data.path={write_rows(tmp_path / 'many.jsonl', rows)}")
+    assert recipes([str(recipe), *words]) == 0
+    monkeypatch.setattr(caches, "base_to_run", None)  # nothing is written anew
+    capsys.readouterr()
+    assert main(["repair", str(tmp_path / "out" / "lora-null-v2")]) == 0
+    assert "task: 256 training rows, evenly spread over 300" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "measure"), [({}, "a kl"), ({"measure": "b kl"}, "b kl"), ({"keep": "q"}, None)])
+def test_a_runs_own_measure_is_taken(given, measure, monkeypatch):
+    """By `export --max-forgetting` too."""
+    monkeypatch.setattr(dial, "job_for", lambda source, arguments, scratch, budget: budget)
+    source = SimpleNamespace(recipe={"budget": {"measure": "a kl", "at_most": 0.3}})
+    arguments = SimpleNamespace(**{"max_forgetting": 0.1, "measure": None, "keep": None, "learn": None} | given)
+    found = dial.budget_job(source, arguments, None)
+    assert (found["measure"], found["at_most"]) == (measure, 0.1)

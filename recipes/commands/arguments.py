@@ -37,7 +37,8 @@ KEYS_AS_OPTIONS = {
         for command in ("export", "dial", "check", "repair")
     },
 }
-MEASURE = "--max-forgetting: the metric (default: the first KL, else the first metric)"
+MEASURE = "--max-forgetting: the metric (default: that of the run's budget, else the first KL, else the first metric)"
+MAX_WEIGHT = 1e6  # of a repair
 STRENGTHS, MAX_STRENGTH = "0,0.2,0.4,0.6,0.8,1,1.25", 2.0
 
 
@@ -228,6 +229,13 @@ def strengths(text: str) -> list[float]:
     return found
 
 
+def weight(text: str) -> float:
+    """Return a repair's weight; raise an ArgumentTypeError for one that float64 cannot add to another."""
+    if (value := amount(text)) > MAX_WEIGHT:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_WEIGHT:g}, not {value:g}")
+    return value
+
+
 def amount(text: str) -> float:
     """Return how much may be forgotten; raise an ArgumentTypeError for what is no number above 0."""
     value = float(text)
@@ -323,7 +331,7 @@ def _repair(parser: Any) -> None:
     add("--keep", metavar="PATH", help="texts to keep (default: the run's calibration)", complete=shtab.FILE)
     add("--data", metavar="PATH", help="what was learned (default: the run's training rows)", complete=shtab.FILE)
     about = "of the texts to keep, compared with what was learned; more keeps more (default 1)"
-    add("--weight", type=amount, metavar="W", help=about)
+    add("--weight", type=weight, metavar="W", help=about)
     about = "or the smallest weight that forgets no more than X, measured by the run's own questions"
     add("--max-forgetting", type=amount, metavar="X", help=about)
     add("--measure", metavar="NAME", help=MEASURE)

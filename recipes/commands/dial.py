@@ -204,8 +204,9 @@ def _questions(source: Trained, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def budget_job(source: Trained, arguments: argparse.Namespace, scratch: Path) -> Job:
-    """Return what measures an adapter against --max-forgetting and --measure; otherwise as `job_for`."""
-    budget = BudgetSection(at_most=arguments.max_forgetting, measure=arguments.measure).model_dump()
+    """Return what measures an adapter against --max-forgetting and --measure, else its run's; otherwise as `job_for`."""
+    own = None if arguments.keep or arguments.learn else (source.recipe.get("budget") or {}).get("measure")
+    budget = BudgetSection(at_most=arguments.max_forgetting, measure=arguments.measure or own).model_dump()
     return job_for(source, arguments, scratch, budget)
 
 

@@ -30,7 +30,7 @@ from lora_null.adapters.strength import Strength
 from lora_null.adapters.truncate import MOST_LOST, balanced_where_they_cancel, check_rank, truncate_all
 from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
-from lora_null.recipes.card import hub_base, write_card
+from lora_null.recipes.card import REPAIR_NOTE, hub_base, write_card
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.config.load import RECIPES
 from lora_null.recipes.environment import choose_device
@@ -132,6 +132,8 @@ def run(arguments: argparse.Namespace) -> None:
             export.recorded = str(Path(name).resolve()) if Path(name).is_dir() else name
         _note_base(export)
         _note_end(export)
+        if source.kind == "adapter" and (repaired := source.adapter.metadata.get(REPAIR_NOTE)):
+            export.notes.append(repaired)
         _write(export, arguments)
         difference = verify(export)
         write_card(export, difference, license_id=arguments.license)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from lora_null.adapters.saved import SavedAdapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes import caches
 from lora_null.recipes.budget import repair_to_budget
+from lora_null.recipes.card import REPAIR_NOTE, shareable
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.commands.dial import budget_job
 from lora_null.recipes.commands.export import copy_tokenizer
@@ -24,7 +27,7 @@ from lora_null.recipes.config.run_folder import RECIPE_FILE, TASKS_FOLDER, whole
 from lora_null.recipes.config.schema import CalibrationSection, Recipe, calibration_entry, parse_recipe, parse_section
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.data.calibration import calibration_sources, window_args
-from lora_null.recipes.data.examples import read_examples
+from lora_null.recipes.data.examples import Example, read_examples
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.job import Job
 from lora_null.recipes.measure import budget_measurement, evaluate_base
@@ -53,22 +56,26 @@ def run(arguments: argparse.Namespace) -> None:
     choose_device()
     source = find_trained(arguments.source, arguments.base, trust=arguments.trust_remote_code)
     check_adapter_fits(source)
+    _check_layers(source)
     out = _folder_for(source, arguments)
     recipes, adapter = _recipes_of(source), source.adapter
     with tempfile.TemporaryDirectory() as scratch:
         job = _budget_job(source, arguments, Path(scratch))
-        batches = _batches(source, recipes, arguments)
+        batches, told_of = _batches(source, recipes, arguments)
         if job is None:
             (found,) = repair(source.base.load(), adapter, *batches, weights=[arguments.weight or WEIGHT])
         else:
             found = _within_budget(job, source, adapter, batches)
     with replacing_folder(out / "adapter") as made:
-        metadata = adapter.metadata | {"repair_weight": f"{found.weight:g}"}
+        metadata = adapter.metadata | {
+            "repair_weight": f"{found.weight:g}",
+            REPAIR_NOTE: f"Repaired without training from the adapter {source.method}, at weight {found.weight:.3g}, {told_of}.",
+        }
         write_safetensors(made / WEIGHTS_FILE, adapter.tensors | state_of(found.pairs), metadata)
         write_json(made / CONFIG_FILE, adapter.config)
         copy_tokenizer(source.folder, made)
-    told = f"repaired at weight {found.weight:.3g}: {found.kept:.2%} is left of its change on the texts to keep"
-    print(told if found.learned is None else f"{told}, {found.learned:.1%} of that on the task")
+    told = f"repaired at weight {found.weight:.3g}: {found.kept:.2%} of the square of its change is left on the texts to keep"
+    print(told if found.learned is None else f"{told}, {found.learned:.1%} on the task")
     print(f"written: {out / 'adapter'}")
     of_run = recipes and out.resolve().parent == source.run
     asked = f"{out} --strengths 1" if of_run else f"{out / 'adapter'} --keep QUESTIONS"
@@ -114,18 +121,41 @@ def _within_budget(job: Job, source: Trained, adapter: SavedAdapter, batches: li
     return found[held.weight]
 
 
-def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespace) -> list[Batches]:
-    """Return the texts to keep, and what was learned (empty where nothing names it); say what they are."""
+def _check_layers(source: Trained) -> None:
+    """Raise a UserError for an adapter of the output layer, which no walk through the decoder layers reaches."""
+    model = source.base.empty()
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    if head in source.adapter.factors():
+        raise UserError(
+            f"{source.folder}: changes {head}, whose inputs are not measured; it can be scaled (export --strength)"
+        )
+
+
+def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespace) -> tuple[list[Batches], str]:
+    """Return the texts to keep, and what was learned (empty where nothing names it), and half a sentence about them."""
     tokenizer = load_tokenizer(source.base.section, source.base.name)
-    keep = _windows(_calibration(source, recipes, arguments.keep), source, tokenizer, "keep")
-    if arguments.data is not None:
-        task = _windows(_named(arguments.data, "--data"), source, tokenizer, "task")
+    rows = functools.cache(lambda: [_training_rows(recipe, tokenizer) for recipe in recipes])
+    if arguments.keep is not None:
+        section = _named(arguments.keep, "--keep")
+        keep = _windows(section, source, tokenizer, "keep", option="--keep")
     else:
-        task = [ids for recipe in recipes for ids in _training_rows(recipe, tokenizer)]
+        section = _calibration(source, recipes)
+        beside = (rows()[0], recipes[0].data.template) if any(entry.self == "data" for entry in section.each) else ()
+        keep = _windows(section, source, tokenizer, "keep", *beside)
+    told = f"to leave {shareable(section.title)} alone"
+    if arguments.data is not None:
+        section = _named(arguments.data, "--data")
+        task = _windows(section, source, tokenizer, "task", option="--data")
+        told += f" and do what it does on {shareable(section.title)}"
+    else:
+        task = [ids for recipe, examples in zip(recipes, rows()) for ids in _spread(recipe, examples, tokenizer)]
+        total = sum(map(len, rows()))
+        spread = f"{len(task)} training rows" + (f", evenly spread over {total:,}" if len(task) < total else "")
         lacks = "none, all directions count alike; --data names what it was trained on, and more of that is left"
-        print(f"task: {f'{len(task)} training rows' if task else lacks}")
+        print(f"task: {spread if task else lacks}")
+        told += " and do what it does on its training rows" if task else ""
     pad = tokenizer.pad_token_id or 0
-    return [padded_batches(rows, pad) if rows else [] for rows in (keep, task)]
+    return [padded_batches(ids, pad) if ids else [] for ids in (keep, task)], told
 
 
 def _folder_for(source: Trained, arguments: argparse.Namespace) -> Path:
@@ -156,29 +186,47 @@ def _named(path: str, option: str) -> CalibrationSection:
     return parse_section(CalibrationSection, option, calibration_entry(path) | {"mode": "separate"})
 
 
-def _calibration(source: Trained, recipes: list[Recipe], keep: str | None) -> CalibrationSection:
-    """Return which texts to keep: those that are named, else those of the run."""
-    if keep is not None:
-        return _named(keep, "--keep")
+def _calibration(source: Trained, recipes: list[Recipe]) -> CalibrationSection:
+    """Return which texts to keep: those of the run."""
     if not recipes:
         raise UserError(f"{source.folder}: not an adapter of a run; --keep names the texts to keep")
     section = recipes[0].calibration
     return section if section.seed is not None else section.model_copy(update={"seed": recipes[0].seed})
 
 
-def _windows(section: CalibrationSection, source: Trained, tokenizer: Any, label: str) -> list[list[int]]:
-    """Return windows of texts, told by what they cover."""
+def _windows(
+    section: CalibrationSection,
+    source: Trained,
+    tokenizer: Any,
+    label: str,
+    *of_data: Any,
+    option: str | None = None,
+) -> list[list[int]]:
+    """Return windows of texts, told by what they cover.
+
+    `of_data` holds the training rows and their template, where the model writes after their prompts; `option` names the
+    texts, where no recipe does.
+    """
     base, cut = source.base, window_args(section, 0, source.base.config)
-    sources = calibration_sources(section, tokenizer)
+    try:
+        sources = calibration_sources(section, tokenizer, *of_data)
+    except UserError as error:
+        raise UserError(
+            re.sub(r"^calibration(\.path)?:", f"{option}:", str(error)) if option else str(error)
+        ) from None
     windows = caches.written_windows(base.section, base.name, tokenizer, sources, cut, section.cache)
     print(f"{label}: {'; '.join(windows.covered)}")
     windows.check_tokens()
     return windows.ids
 
 
-def _training_rows(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of a recipe's first training rows, cut as it was trained on them."""
-    data = recipe.data.model_copy(update={"limit": min(ROWS, recipe.data.limit or ROWS)})
-    examples, _ = read_examples(data, tokenizer, preferences=recipe.trainer == "dpo")
+def _training_rows(recipe: Recipe, tokenizer: Any) -> list[Example]:
+    return read_examples(recipe.data, tokenizer, preferences=recipe.trainer == "dpo")[0]
+
+
+def _spread(recipe: Recipe, examples: list[Example], tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of training rows, evenly spread over all of them, cut as the recipe was trained on them."""
+    count = min(ROWS, len(examples))
+    chosen = [examples[i * len(examples) // count] for i in range(count)]
     most = recipe.training.get("max_length", TRAINERS[recipe.trainer].config.max_length)
-    return trained_ids(recipe, examples, tokenizer, most)
+    return trained_ids(recipe, chosen, tokenizer, most)
