@@ -89,12 +89,14 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
     judged += ["a lower strength"] if any(dial.shares() for dial in dials if dial) else []
     if not judged and not free:
         return (
-            "The budget held every method back: more is learned only where more may be forgotten (--max-forgetting)."
+            "The budget held every method back. More is learned where more may be forgotten (--max-forgetting), or, of a LoRA "
+            "trained without a budget, where lora-null repair RUN/METHOD --max-forgetting keeps it."
         )
     if not judged:
         return (
-            "No curve was measured that tells what to do next. For an adapter of this run: lora-null dial RUN/METHOD. For "
-            "the next run: eval.probe or eval.strengths."
+            "No curve was measured that tells what to do next. For an adapter of this run: lora-null dial RUN/METHOD measures "
+            "it at other strengths, lora-null repair RUN/METHOD takes its forgetting out. For the next run: eval.probe or "
+            "eval.strengths."
         )
     gained = f"By the measured curves nothing is to be gained by {' or '.join(judged)}"
     return f"{gained}; of another learning rate or a longer schedule they tell nothing."

@@ -156,9 +156,9 @@ def test_other_texts_to_calibrate_on(tmp_path):
 
 
 def test_without_curves_nothing_is_claimed(tmp_path):
-    assert "For an adapter of this run: lora-null dial RUN/METHOD." in next_step(
-        results(), tmp_path, [TrainLog([]), TrainLog([])]
-    )
+    said = next_step(results(), tmp_path, [TrainLog([]), TrainLog([])])
+    assert "For an adapter of this run: lora-null dial RUN/METHOD measures it" in said
+    assert "lora-null repair RUN/METHOD takes its forgetting out" in said
 
 
 def test_a_sequences_fractions_are_percent_everywhere():
