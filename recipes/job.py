@@ -184,8 +184,10 @@ def check_same_everywhere(job: Job) -> None:
     if num_processes() == 1:
         return
     own = {"the recipe": hash_of(dump(without_folders(job.recipe))), **inputs_beside_the_base(job)}
-    if Path(job.model_name).is_dir():
-        own["model.name_or_path"] = hash_of(_beside_the_weights(Path(job.model_name)))
+    here = Path(job.model_name)
+    # Where the hub does not answer one of them, that one takes what it has.
+    commit = hub_commit(job.recipe.model, job.model_name)
+    own["model.name_or_path"] = hash_of(_beside_the_weights(here) if here.is_dir() else commit)
     first, *others = all_gather(own)
     differing = next((name for other in others for name in first if other.get(name) != first[name]), None)
     if differing is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+from huggingface_hub.utils import _http
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed
 
@@ -29,3 +31,8 @@ def complete_at_load() -> Iterator[None]:
 def take_one_gpu(arguments: TrainingArguments) -> None:
     """Let a trainer of one process use the first GPU alone, as transformers itself does where `device_map` splits a model."""
     arguments._n_gpu = 1
+
+
+def hub_client() -> Any:
+    """Return a new client of huggingface_hub as that makes its own, of httpx or httpx2 by its version."""
+    return _http.default_client_factory()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from lora_null.eval_harness.code.jails import UNSAFE
@@ -70,8 +68,6 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
             "ACCELERATE_USE_CPU and MASTER_PORT are set, as where accelerate launch --cpu starts one of several processes; "
             "use torchrun --nproc_per_node N -m lora_null.recipes …, or unset MASTER_PORT if no launcher is meant"
         )
-    if arguments.dry_run:
-        _go_offline_without_a_network()
     with uncollected():
         from lora_null.recipes.dry_run import dry_run
         from lora_null.recipes.environment import choose_precision, prepare_cpu
@@ -120,17 +116,3 @@ def _stopped(folder: Path, arguments: argparse.Namespace) -> tuple[str, str]:
         launcher, told = "-m lora_null.recipes", "go on with the same launcher and"
     consent = {False: "", UNSAFE: f" {ALLOW}={UNSAFE}"}.get(arguments.allow_code_execution, f" {ALLOW}")
     return f"stopped; {what_is_kept(folder)}", f"{told}: {resume_command(folder, launcher)}{consent}"
-
-
-def _go_offline_without_a_network() -> None:
-    """Ask the hub once: where nobody answers, every one of its files would be asked for six times, for 20 s each."""
-    if os.environ.get("HF_HUB_OFFLINE"):
-        return
-    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=3):
-            pass
-    except urllib.error.HTTPError:
-        pass  # an answer
-    except (OSError, ValueError):
-        os.environ["HF_HUB_OFFLINE"] = "1"

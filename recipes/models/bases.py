@@ -34,6 +34,7 @@ from lora_null.adapters.merge import add_to_weights
 from lora_null.adapters.saved import read_adapter
 from lora_null.checkpoint_reader import WeightFiles, open_in_files, open_to_shard
 from lora_null.recipes.config.schema import ModelSection
+from lora_null.recipes.hub import watch_hub
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.quantization import loading_options, weight_bytes
 from lora_null.recipes.private_names import complete_at_load
@@ -50,9 +51,12 @@ SHAPES = Path(__file__).parent / "shapes.json"
 def resolve_name(model: ModelSection) -> str:
     """Return the whole path of the folder, or the hub id, to load; the quick start's model is fetched here, once per machine.
 
+    Every command names its model before it asks the hub for anything: from here on the hub is watched.
+
     Raises:
         UserError: a local folder that holds no model, or weights that cannot be fetched.
     """
+    watch_hub()
     if model.name_or_path == smollm2.NAME:
         with PartialState().local_main_process_first():  # which has to be left in good order, or the others hang
             try:
