@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.recipes.environment import free_memory
+from lora_null.recipes.launcher import end_with_launcher
 from lora_null.recipes.results import Row, load_log
 from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import SIGTERM_STATUS
@@ -222,6 +223,7 @@ class SaveOnSignal(TrainerCallback):
     def _remember(self, number: int, _: Any) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            end_with_launcher(0)  # it gets Ctrl-C too, and does not wait for the step
             if not self.asked and is_first_process():
                 tqdm.write("finishing this step and saving it; Ctrl-C again stops at once", file=sys.stderr)
         self.asked = self.asked or number

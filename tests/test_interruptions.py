@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import select
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import weakref
@@ -130,6 +132,47 @@ def test_a_signal_after_the_last_step_is_not_said_to_have_saved_it(capsys):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "--resume" not in capsys.readouterr().err
+
+
+LAUNCHES = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"  # as accelerate does
+LAUNCHED = """
+import os, signal, sys, time
+from lora_null.recipes.launcher import end_with_launcher
+signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
+end_with_launcher()
+{}
+print(os.getpid(), flush=True)
+time.sleep(20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize(
+    ("name", "after", "variables", "told"),
+    [
+        ("accelerate", "", {}, True),
+        ("accelerate", "end_with_launcher(0)", {}, False),  # after Ctrl-C
+        ("accelerate", "", {"LOCAL_RANK": "0"}, False),  # which its launcher tells itself
+        ("start_many.py", "", {}, False),
+    ],
+)
+def test_one_process_hears_that_accelerate_launch_was_ended(tmp_path, name, after, variables, told):
+    (tmp_path / name).write_text(LAUNCHES)
+    own = {key: value for key, value in os.environ.items() if key != "LOCAL_RANK"}
+    launcher = subprocess.Popen(
+        [sys.executable, str(tmp_path / name), LAUNCHED.replace("{}", after)],
+        env=own | {"ACCELERATE_MIXED_PRECISION": "no", **variables},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    child = int(launcher.stdout.readline())
+    launcher.terminate()
+    launcher.wait()
+    if told:
+        assert launcher.stdout.readline() == "told\n"
+    else:
+        assert not select.select([launcher.stdout], [], [], 0.2)[0]
+    os.kill(child, signal.SIGKILL)
 
 
 def make_checkpoint(folder, step, size=100):

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from lora_null.recipes.commands.arguments import ALLOW, JAILED, KEYS_AS_OPTIONS, NAMING, build_parser
+from lora_null.recipes.launcher import end_with_launcher
 from lora_null.utils.errors import SIGTERM_STATUS, UserError, exit_status, nearest
 from lora_null.utils.startup import quiet, uncollected
 
@@ -79,6 +80,7 @@ def _ending_on_sigterm() -> Iterator[None]:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))
     sys.unraisablehook = dropped
+    end_with_launcher()
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from lora_null.recipes.config.load import dump, load_recipe, shipped
 from lora_null.recipes.config.run_folder import RECIPE_FILE, resume_command
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.stages import join_recipes, stage_recipes
+from lora_null.recipes.launcher import end_with_launcher
 from lora_null.utils.errors import WORKERS, UserError
 from lora_null.utils.startup import uncollected
 
@@ -98,6 +99,7 @@ def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
         with bars(hidden=bool(recipe.training.get("disable_tqdm"))):
             run(recipe, **options)
     except KeyboardInterrupt:
+        end_with_launcher(0)
         raise KeyboardInterrupt(*_stopped(Path(recipe.output_dir), arguments)) from None
 
 
