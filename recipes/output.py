@@ -108,6 +108,8 @@ def hold_output_folder(
                 raise UserError(f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir")
             claim(recipe, resume=resume, overwrite=overwrite)
             _check_inputs(folder, inputs())
+            if _differences(_read_recipe(folder), yaml.safe_load(dump(whole_paths(recipe)))):
+                _write_recipe(recipe)  # what it names was moved: other commands look for it there
             check_space(folder, size)
             (mark := beside(folder / LOCK_FILE)).touch()
             return mark
@@ -204,8 +206,13 @@ def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     remove_parts(folder)
     if overwrite:
         _clear(folder)
-    if not (folder / RECIPE_FILE).is_file():
-        write_text(folder / RECIPE_FILE, MARK + dump(whole_paths(recipe)))
+    is_part = whole_of(folder) != folder  # whose paths may have moved with the whole's, and were checked with them
+    if is_part or not (folder / RECIPE_FILE).is_file():
+        _write_recipe(recipe)
+
+
+def _write_recipe(recipe: Recipe) -> None:
+    write_text(Path(recipe.output_dir) / RECIPE_FILE, MARK + dump(whole_paths(recipe)))
 
 
 def check_output_folder(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -248,24 +255,34 @@ def _check_held(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"output_dir: {folder} holds an unfinished run; --resume continues it, --overwrite replaces it"
         )
-    differing = _differences(_read_recipe(folder), yaml.safe_load(dump(whole_paths(recipe))))
-    if differing:
-        more = f" and {len(differing) - MAX_LISTED} more" if len(differing) > MAX_LISTED else ""
+    changed = _differences(_read_recipe(folder), yaml.safe_load(dump(whole_paths(recipe))))
+    if (whole_of(folder) / INPUTS_FILE).is_file():  # by which what lies there is checked then
+        changed = {key: values for key, values in changed.items() if not _is_moved(key, *values)}
+    if changed:
+        more = f" and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
+        lines = [f"{key} was {json.dumps(old)} and is {json.dumps(new)}" for key, (old, new) in changed.items()]
         raise UserError(
-            f"--resume: the run in {folder} has another recipe: {'; '.join(differing[:MAX_LISTED])}{more}; "
+            f"--resume: the run in {folder} has another recipe: {'; '.join(lines[:MAX_LISTED])}{more}; "
             f"`{resume_command(folder)}` goes on with its own"
         )
 
 
-def _differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Return which keys of two recipes differ and how, such as "training.learning_rate was 0.0003 and is 0.001"."""
+def _differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return by key, such as "training.learning_rate", what differs between two recipes: the value before, and now."""
     if isinstance(before, dict) and isinstance(now, dict):
-        names = [name for name in {**now, **before} if key or name != "output_dir"]
-        return [line for n in names for line in _differences(before.get(n), now.get(n), f"{key}.{n}".lstrip("."))]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        pairs = enumerate(zip(before, now))
-        return [line for i, (old, new) in pairs for line in _differences(old, new, f"{key}[{i}]")]
-    return [] if before == now else [f"{key} was {json.dumps(before)} and is {json.dumps(now)}"]
+        inner = {f"{key}.{name}".lstrip("."): (before.get(name), now.get(name)) for name in {**now, **before}}
+        inner.pop("output_dir", None)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        inner = {f"{key}[{i}]": both for i, both in enumerate(zip(before, now))}
+    else:
+        return {} if before == now else {key: (before, now)}
+    return {found: values for name, both in inner.items() for found, values in _differences(*both, name).items()}
+
+
+def _is_moved(key: str, before: Any, now: Any) -> bool:
+    """Return whether a path of a recipe is gone and another one takes its place; a grid's swept ones name its runs' folders."""
+    paths = isinstance(before, str) and isinstance(now, str) and not key.startswith("grid.")
+    return paths and os.path.isabs(before) and not os.path.exists(before) and os.path.exists(now)
 
 
 def _read_recipe(folder: Path) -> dict[str, Any]:

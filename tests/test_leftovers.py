@@ -254,6 +254,30 @@ def test_resume_names_what_has_changed_behind_the_paths(tmp_path, capsys, monkey
     assert main([*words, "--overwrite"]) == 130
 
 
+def test_a_run_whose_model_and_data_were_moved_with_it_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grid, "run_job", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(grid, "evaluate_base", lambda job: None)
+    monkeypatch.setattr("lora_null.recipes.job.rehearse", lambda *_: None)
+    before, now, swept = tmp_path / "before", tmp_path / "now", ["--sweep", "training.learning_rate=1e-3,1e-2"]
+    recipe, again = (
+        make_world(before, method={"name": "lora", "rank": 4}),
+        [str(now / "tiny.yaml"), *swept, "--resume"],
+    )
+    assert main([str(recipe), *swept]) == 130
+    before.rename(now)
+    text, rows, own = (now / "tiny.yaml").read_text(), (now / "numbers.jsonl").read_text(), now / "out" / "recipe.yaml"
+    (now / "tiny.yaml").write_text(text.replace(str(before), str(now)))
+    (now / "numbers.jsonl").write_text(rows.replace("it is", "is it"))
+    assert "changed of data.path, eval.task" in line_of(capsys, *again) and str(before) in own.read_text()
+    (now / "numbers.jsonl").write_text(rows)
+    assert main(again) == 130
+    recipes = [path.read_text() for path in now.rglob("recipe.yaml")]
+    assert len(recipes) == 2 and not any(str(before) in recipe for recipe in recipes)
+    shutil.copytree(now, before)  # whose paths are there again
+    (before / "tiny.yaml").write_text(text)
+    assert "another recipe: model.name_or_path was" in line_of(capsys, str(before / "tiny.yaml"), *swept, "--resume")
+
+
 def test_resume_names_what_has_changed_on_the_hub_of_a_start_and_behind_swept_paths(tmp_path, capsys, monkeypatch):
     for module in (run, grid):
         monkeypatch.setattr(module, "run_job", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
