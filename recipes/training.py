@@ -93,7 +93,7 @@ def _compile_as_asked(recipe: Recipe) -> None:
         del os.environ[key]
     if (backend := found.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
         print_once(
-            "compile     no, as training.torch_compile says, not the launcher's or the shell's "
+            "compile     no, as training.torch_compile says, not what the environment has "
             f"(ACCELERATE_DYNAMO_BACKEND={backend})"
         )
 

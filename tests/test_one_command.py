@@ -295,6 +295,8 @@ sys.exit(exit_status(command))
         assert found.returncode == 3
         assert found.stderr == "stdout: no space left on its disk; what follows is not written there\nhere\n"
         assert subprocess.run(command, env=environment, stdout=full, stderr=full).returncode == 3
+        printed = [sys.executable, *options, "-m", "lora_null.recipes", "quickstart", "--print-config"]
+        assert subprocess.run(printed, env=environment, stdout=full, stderr=subprocess.PIPE).returncode == 1
 
 
 def test_an_interpreter_without_docstrings_is_one_line(monkeypatch, capsys):

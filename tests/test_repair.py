@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import losses_over, random_batches, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -21,6 +22,8 @@ from lora_null.adapters.saved import read_adapter
 from lora_null.recipes import caches, trained
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.commands import dial
+from lora_null.recipes.commands import repair as repair_command
+from lora_null.recipes.config.schema import CalibrationSection
 
 R, D_IN, D_OUT, WEIGHT = 2, 7, 5, 0.7
 
@@ -144,7 +147,7 @@ def test_the_command_repairs_what_a_run_trained(world, capsys, monkeypatch):
     [
         (["--max-forgetting", "1", "--weight", "2"], "--weight: --max-forgetting chooses the weight itself"),
         (["--max-forgetting", "0"], "must be a number above 0"),
-        (["--max-forgetting", "0.1", "--measure", "facts acc"], "the run has no 'facts acc'"),
+        (["--max-forgetting", "0.1", "--measure", "facts acc"], "error: --measure: the run has no 'facts acc'"),
         (
             ["--max-forgetting", "1e-6"],
             "--max-forgetting: no weight keeps 1e-06; at the largest, 100, facts kl is 0.0",
@@ -163,7 +166,11 @@ def test_the_smallest_weight_that_keeps_a_budget(world, tmp_path, capsys):
     method, row = str(world / "out" / "lora"), json.loads((world / "out" / "results.json").read_text())["rows"][1]
     forgot = row["metrics"]["facts kl"]["value"]
     assert main(["repair", method, "--out", str(tmp_path / "same"), "--max-forgetting", str(2 * forgot)]) == 0
-    assert "(nothing had to be given up)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert (
+        "(nothing had to be given up)" in told and "nothing is repaired: the adapter keeps the budget as it is" in told
+    )
+    assert "repair" not in safe_open(tmp_path / "same" / "adapter" / "adapter_model.safetensors", "pt").metadata()
     same, old = (
         load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "same", world / "out" / "lora")
     )
@@ -231,10 +238,11 @@ def test_an_adapter_of_the_output_layer_is_refused_before_weights_load(world, tm
 
 
 def test_texts_that_the_model_wrote_after_the_rows_are_those_of_the_run(tmp_path, capsys, monkeypatch):
-    rows = [{"question": f"what is {i}", "answer": f"it is {i}"} for i in range(300)]
+    rows = [{"question": f"what is {i} " + "and more " * 99 * (i == 7), "answer": f"it is {i}"} for i in range(301)]
     calibration = {"self": "data", "max_length": 96, "samples": 6}
     recipe = make_world(tmp_path, calibration=calibration, method={"name": "lora-null-v2", "rank": 4})
     words = ["training.save_strategy=no", "training.max_steps=1", "eval={retention: [], task: [], before: false}"]
+    words += ["training.max_length=64", "data.on_bad_row=skip"]  # the row of which only a question would be left
     words.append(f"data.path={write_rows(tmp_path / 'many.jsonl', rows)}")
     assert recipes([str(recipe), *words]) == 0
     monkeypatch.setattr(caches, "base_to_run", None)  # nothing is written anew
@@ -251,3 +259,15 @@ def test_a_runs_own_measure_is_taken(given, measure, monkeypatch):
     arguments = SimpleNamespace(**{"max_forgetting": 0.1, "measure": None, "keep": None, "learn": None} | given)
     found = dial.budget_job(source, arguments, None)
     assert (found["measure"], found["at_most"]) == (measure, 0.1)
+
+
+def test_all_sources_are_named_and_no_folder_of_this_machine():
+    section = CalibrationSection.model_validate({"sources": ["general", "/home/me/a.jsonl", "/home/me/b.jsonl"]})
+    assert repair_command._titles(section) == "the general mix, a.jsonl, b.jsonl"
+
+
+def test_several_processes_are_refused(monkeypatch, capsys):
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert main(["repair", "out/lora"]) == 2
+    assert "repair works in one process; start it without torchrun" in capsys.readouterr().err

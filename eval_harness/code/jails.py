@@ -38,9 +38,7 @@ TRIAL_SECONDS = 60
 PACKAGES = ("site-packages", "dist-packages")  # others', in the library's folder
 NOT_COPIED = (*PACKAGES, "test", "tests", "tkinter", "idlelib", "ensurepip", "config-*")
 # For Python, where root starts the jail. Popen's `user` would copy all of the page tables of a process with a model.
-AS_NOBODY = (
-    f"import os, sys; os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY}); os.execv(sys.argv[1], sys.argv[1:])"
-)
+AS_NOBODY = f"import os, sys; sys.tracebacklimit = 0; os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY}); os.execv(sys.argv[1], sys.argv[1:])"
 FIRST_TO_DIE = (
     'echo 1000 > /proc/self/oom_score_adj; exec "$@"'  # for /bin/sh: if memory runs out, the jail goes first
 )

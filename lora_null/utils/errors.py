@@ -68,6 +68,8 @@ class _Output(io.FileIO):
     closed is still an error.
     """
 
+    lost = False
+
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
@@ -78,9 +80,17 @@ class _Output(io.FileIO):
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
             if error.errno in NO_SPACE:
+                self.lost = True
                 name, other = ("stdout", sys.stderr) if self.fileno() == 1 else ("stderr", sys.stdout)
                 print(f"{name}: no space left on its disk; what follows is not written there", file=other)
             return super().write(data)
+
+
+def stdout_is_whole() -> bool:
+    """Return whether all that was printed is written, in a command whose output is its product."""
+    sys.stdout.flush()
+    raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer) if isinstance(sys.stdout, io.TextIOWrapper) else None
+    return not (isinstance(raw, _Output) and raw.lost)
 
 
 def _outlive_readers() -> None:
@@ -137,8 +147,12 @@ def launched_index() -> int:
     """
     if WORKER in os.environ:
         return int(os.environ[WORKER])
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ
-    return int(os.environ.get("RANK", 0)) if several else 0
+    return int(os.environ.get("RANK", 0)) if starts_several() else 0
+
+
+def starts_several() -> bool:
+    """Return whether a launcher has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ
 
 
 def _tell(message: str, head: str = "error: ") -> None:

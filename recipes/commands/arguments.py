@@ -33,7 +33,12 @@ KEYS_AS_OPTIONS = {
     },
     "init": {"model.name_or_path": "--model"},
     **{
-        command: {"model.name_or_path": "--base", "model.trust_remote_code=true": "--trust-remote-code"}
+        command: {
+            "model.name_or_path": "--base",
+            "model.trust_remote_code=true": "--trust-remote-code",
+            "budget.measure": "--measure",
+            "budget.at_most": "--max-forgetting",
+        }
         for command in ("export", "dial", "check", "repair")
     },
 }

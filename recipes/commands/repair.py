@@ -27,7 +27,7 @@ from lora_null.recipes.config.run_folder import RECIPE_FILE, TASKS_FOLDER, whole
 from lora_null.recipes.config.schema import CalibrationSection, Recipe, calibration_entry, parse_recipe, parse_section
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.data.calibration import calibration_sources, window_args
-from lora_null.recipes.data.examples import Example, read_examples
+from lora_null.recipes.data.examples import Example, training_data
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.job import Job
 from lora_null.recipes.measure import budget_measurement, evaluate_base
@@ -36,7 +36,7 @@ from lora_null.recipes.output import REPAIRED, check_place
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
 from lora_null.recipes.training import TRAINERS, trained_ids
 from lora_null.trainer.calibration_data import padded_batches
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, starts_several
 from lora_null.utils.files import check_free, replacing_folder, write_json, write_safetensors
 
 Batches = list[dict[str, torch.Tensor]]
@@ -50,9 +50,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure both sets of texts, compute the new factors, write DIR/adapter.
 
     Raises:
-        UserError: not an adapter, an adapter for another base, no texts to keep, a folder in use, or a --max-forgetting
-            that nothing measures or no weight keeps.
+        UserError: not an adapter, an adapter for another base, no texts to keep, a folder in use, several processes, or a
+            --max-forgetting that nothing measures or no weight keeps.
     """
+    if starts_several():
+        raise UserError("repair works in one process; start it without torchrun or accelerate launch")
     choose_device()
     source = find_trained(arguments.source, arguments.base, trust=arguments.trust_remote_code)
     check_adapter_fits(source)
@@ -67,15 +69,14 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             found = _within_budget(job, source, adapter, batches)
     with replacing_folder(out / "adapter") as made:
-        metadata = adapter.metadata | {
-            "repair_weight": f"{found.weight:g}",
-            REPAIR_NOTE: f"Repaired without training from the adapter {source.method}, at weight {found.weight:.3g}, {told_of}.",
-        }
+        note = f"Repaired without training from the adapter {source.method}, at weight {found.weight:.3g}, {told_of}."
+        metadata = adapter.metadata | ({REPAIR_NOTE: note} if found.weight else {})
         write_safetensors(made / WEIGHTS_FILE, adapter.tensors | state_of(found.pairs), metadata)
         write_json(made / CONFIG_FILE, adapter.config)
         copy_tokenizer(source.folder, made)
     told = f"repaired at weight {found.weight:.3g}: {found.kept:.2%} of the square of its change is left on the texts to keep"
-    print(told if found.learned is None else f"{told}, {found.learned:.1%} on the task")
+    told += "" if found.learned is None else f", {found.learned:.1%} on the task"
+    print(told if found.weight else "nothing is repaired: the adapter keeps the budget as it is")
     print(f"written: {out / 'adapter'}")
     of_run = recipes and out.resolve().parent == source.run
     asked = f"{out} --strengths 1" if of_run else f"{out / 'adapter'} --keep QUESTIONS"
@@ -142,11 +143,11 @@ def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespa
         section = _calibration(source, recipes)
         beside = (rows()[0], recipes[0].data.template) if any(entry.self == "data" for entry in section.each) else ()
         keep = _windows(section, source, tokenizer, "keep", *beside)
-    told = f"to leave {shareable(section.title)} alone"
+    told = f"to leave {_titles(section)} alone"
     if arguments.data is not None:
         section = _named(arguments.data, "--data")
         task = _windows(section, source, tokenizer, "task", option="--data")
-        told += f" and do what it does on {shareable(section.title)}"
+        told += f" and do what it does on {_titles(section)}"
     else:
         task = [ids for recipe, examples in zip(recipes, rows()) for ids in _spread(recipe, examples, tokenizer)]
         total = sum(map(len, rows()))
@@ -194,6 +195,10 @@ def _calibration(source: Trained, recipes: list[Recipe]) -> CalibrationSection:
     return section if section.seed is not None else section.model_copy(update={"seed": recipes[0].seed})
 
 
+def _titles(section: CalibrationSection) -> str:
+    return ", ".join(shareable(source.title) for source in section.each)
+
+
 def _windows(
     section: CalibrationSection,
     source: Trained,
@@ -221,12 +226,18 @@ def _windows(
 
 
 def _training_rows(recipe: Recipe, tokenizer: Any) -> list[Example]:
-    return read_examples(recipe.data, tokenizer, preferences=recipe.trainer == "dpo")[0]
+    """Return the rows that the recipe trained on, without those that it left out."""
+    at_end = recipe.training.get("truncation_mode") == "keep_end"
+    cut = None if at_end else _max_length(recipe)
+    return training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut).examples
+
+
+def _max_length(recipe: Recipe) -> int | None:
+    return recipe.training.get("max_length", TRAINERS[recipe.trainer].config.max_length)
 
 
 def _spread(recipe: Recipe, examples: list[Example], tokenizer: Any) -> list[list[int]]:
     """Return the token ids of training rows, evenly spread over all of them, cut as the recipe was trained on them."""
     count = min(ROWS, len(examples))
     chosen = [examples[i * len(examples) // count] for i in range(count)]
-    most = recipe.training.get("max_length", TRAINERS[recipe.trainer].config.max_length)
-    return trained_ids(recipe, chosen, tokenizer, most)
+    return trained_ids(recipe, chosen, tokenizer, _max_length(recipe))

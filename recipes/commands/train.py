@@ -13,14 +13,14 @@ from lora_null.recipes.config.run_folder import RECIPE_FILE, resume_command
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.stages import join_recipes, stage_recipes
 from lora_null.recipes.launcher import end_with_launcher
-from lora_null.utils.errors import WORKERS, UserError
+from lora_null.utils.errors import WORKERS, UserError, stdout_is_whole
 from lora_null.utils.startup import uncollected
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """List, print, plan or run.
+def run(arguments: argparse.Namespace) -> int | None:
+    """List, print, plan or run; return 1 for a printed recipe that a full disk has cut.
 
     Raises:
         UserError: a mistake in the recipe, its data or the output folder.
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name in shipped():
             recipe = load_recipe(name)
             print(f"{name:13} {recipe.description} [{recipe.model.name_or_path}]")
-        return
+        return None
     words = [word for word in (arguments.recipe, *arguments.words) if word is not None]
     if not words:
         raise UserError("give a recipe, or --list to see them")
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
         recipe = load_recipe(name, [word for word in words if word is not name], **options)
     if arguments.print_config:
         print(dump(recipe), end="")
-    elif arguments.show_samples is not None:
+        return 0 if stdout_is_whole() else 1
+    if arguments.show_samples is not None:
         from lora_null.recipes.commands.preview import show_samples
         from lora_null.recipes.grid import written_otherwise
         from lora_null.utils.distributed import print_once
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
                 show_samples(each, arguments.show_samples)
     else:
         _start(recipe, arguments)
+    return None
 
 
 def _start(recipe: Recipe, arguments: argparse.Namespace) -> None:
