@@ -108,7 +108,7 @@ def hold_output_folder(
                 raise UserError(f"output_dir: another run is writing to {folder}; wait for it, or choose --output-dir")
             claim(recipe, resume=resume, overwrite=overwrite)
             _check_inputs(folder, inputs())
-            if _differences(_read_recipe(folder), yaml.safe_load(dump(whole_paths(recipe)))):
+            if resume and _differences(_read_recipe(folder), yaml.safe_load(dump(whole_paths(recipe)))):
                 _write_recipe(recipe)  # what it names was moved: other commands look for it there
             check_space(folder, size)
             (mark := beside(folder / LOCK_FILE)).touch()
