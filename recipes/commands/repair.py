@@ -216,9 +216,9 @@ def _windows(
     try:
         sources = calibration_sources(section, tokenizer, *of_data)
     except UserError as error:
-        raise UserError(
-            re.sub(r"^calibration(\.path)?:", f"{option}:", str(error)) if option else str(error)
-        ) from None
+        if option is None:
+            raise
+        raise type(error)(re.sub(r"^calibration(\.path)?:", f"{option}:", str(error))) from None
     windows = caches.written_windows(base.section, base.name, tokenizer, sources, cut, section.cache)
     print(f"{label}: {'; '.join(windows.covered)}")
     windows.check_tokens()
