@@ -25,9 +25,9 @@ from lora_null.eval_harness import AnswerTask, Evaluation, LmEvalTask, Task
 from lora_null.eval_harness.probe import Point, Probe, rows_of
 from lora_null.eval_harness.statistics import DISCORDANT, is_mean_of_samples
 from lora_null.recipes.comparisons import paired_gain
-from lora_null.recipes.config.schema import BudgetSection, Recipe
+from lora_null.recipes.config.schema import ALL_ENTRIES, Recipe
 from lora_null.recipes.probes import ProbePlan
-from lora_null.recipes.results import MIN_ROWS, Budget, Estimate, GivenUp, kind_of
+from lora_null.recipes.results import MIN_ROWS, Bound, Budget, Estimate, GivenUp, kind_of
 from lora_null.utils.distributed import is_first_process, on_first_process
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.files import read_safetensors, write_safetensors
@@ -39,19 +39,19 @@ HALVINGS = 9  # of the interval of its logarithm: the strength is found to 1.4%
 
 
 @dataclass(frozen=True)
-class BudgetPlan:
-    """The recipe's budget, with the tasks that measure it.
+class PlannedBound:
+    """How much of one metric may be forgotten, with the tasks that measure it.
 
     Attributes:
-        section: the recipe's.
         measure: name of the metric.
+        at_most: what may be forgotten of it, in its unit.
         task: the task of the whole evaluation that gives it.
         probe_task: the same task on the probed rows.
         probed_rows: numbers of the whole task's rows that the probes use.
     """
 
-    section: BudgetSection
     measure: str
+    at_most: float
     task: Task
     probe_task: Task
     probed_rows: frozenset[int]
@@ -59,6 +59,24 @@ class BudgetPlan:
     def rows_left(self, rows: int) -> int:
         """Return how many of the whole task's rows no probe uses."""
         return len(set(range(rows)) - self.probed_rows)
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """The recipe's budget: what bounds each of its metrics, and what is done to keep them, see `BudgetSection.then`."""
+
+    then: str
+    bounds: list[PlannedBound]
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The tasks of the whole evaluation that measure it, each once."""
+        return list({bound.task.key: bound.task for bound in self.bounds}.values())
+
+    @property
+    def probe_tasks(self) -> list[Task]:
+        """The same tasks on the probed rows."""
+        return list({bound.task.key: bound.probe_task for bound in self.bounds}.values())
 
 
 def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) -> BudgetPlan | None:
@@ -71,41 +89,52 @@ def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) 
     section = recipe.budget
     if section is None or probe is None:
         return None
-    task, measure = _find_measure(section.measure, tasks)
-    if isinstance(task, LmEvalTask) and task.is_of_group(measure):
-        raise UserError(
-            f"budget.measure: {measure!r} is a group's mean, without a value for each question; list its members instead"
-        )
-    probe_task = next((own for own in probe.tasks if own.role == "retention" and own.key == task.key), None)
-    if probe_task is None:
-        raise UserError(f"budget.measure: {measure!r} is not measured by eval.probe.retention, which has to follow it")
-    budget = BudgetPlan(section, measure, task, probe_task, frozenset(probe.rows.get(task.key, ())))
-    rows, probed = rows_of(task, recipe.eval.limit), rows_of(probe_task)
-    if rows is not None:  # how many documents there are else is known when the base has been evaluated
-        _check_rows(budget, len(rows), len(probed or ()))
-    return budget
+    found, bounds = _find_measures(section.measure, tasks), []
+    allowed = section.at_most if isinstance(section.at_most, list) else [section.at_most] * len(found)
+    for (measure, task), at_most in zip(found.items(), allowed, strict=True):
+        if isinstance(task, LmEvalTask) and task.is_of_group(measure):
+            raise UserError(
+                f"budget.measure: {measure!r} is a group's mean, without a value for each question; list its members instead"
+            )
+        probe_task = next((own for own in probe.tasks if own.role == "retention" and own.key == task.key), None)
+        if probe_task is None:
+            raise UserError(
+                f"budget.measure: {measure!r} is not measured by eval.probe.retention, which has to follow it"
+            )
+        bound = PlannedBound(measure, at_most, task, probe_task, frozenset(probe.rows.get(task.key, ())))
+        rows, probed = rows_of(task, recipe.eval.limit), rows_of(probe_task)
+        if rows is not None:  # how many documents there are else is known when the base has been evaluated
+            _check_rows(bound, len(rows), len(probed or ()))
+        bounds.append(bound)
+    return BudgetPlan(section.then, bounds)
 
 
-def _find_measure(wanted: str | None, tasks: Sequence[Task]) -> tuple[Task, str]:
+def _find_measures(wanted: str | Sequence[str] | None, tasks: Sequence[Task]) -> dict[str, Task]:
+    """Return each metric that is bounded, with the task that measures it."""
     kept = [task for task in tasks if task.role == "retention"]
     if not kept:
         raise UserError("budget: eval.retention is empty, nothing says what may not be forgotten")
     if wanted is None:
         task = next((task for task in kept if isinstance(task, AnswerTask)), kept[0])
-        return task, task.all_metric_names[0]
-    for task in kept:
-        if wanted in task.all_metric_names:
-            return task, wanted
-    choices = [name for task in kept for name in task.all_metric_names]
-    raise UserError(f"budget.measure: the run has no {wanted!r} in eval.retention{nearest(wanted, choices)}")
+        return {task.all_metric_names[0]: task}
+    if wanted == ALL_ENTRIES:
+        return {task.all_metric_names[0]: task for task in kept}
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    by_name = {name: task for task in reversed(kept) for name in task.all_metric_names}
+    for name in wanted:
+        if name not in by_name:
+            raise UserError(f"budget.measure: the run has no {name!r} in eval.retention{nearest(name, by_name)}")
+        if wanted.count(name) > 1:
+            raise UserError(f"budget.measure: names {name!r} twice")
+    return {name: by_name[name] for name in wanted}
 
 
-def _check_rows(budget: BudgetPlan, total: int, probed: int) -> None:
+def _check_rows(bound: PlannedBound, total: int, probed: int) -> None:
     """Raise a UserError where too few rows are probed, or too few of all are left for the check."""
-    left = budget.rows_left(total)
+    left = bound.rows_left(total)
     if probed < MIN_ROWS or left < MIN_ROWS:
         raise UserError(
-            f"budget: {budget.task.label} has {total} rows, {total - left} of them probed; at least {MIN_ROWS} are needed for "
+            f"budget: {bound.task.label} has {total} rows, {total - left} of them probed; at least {MIN_ROWS} are needed for "
             f"the probe (eval.probe.retention) and {MIN_ROWS} others for the check"
         )
 
@@ -121,7 +150,12 @@ def check_budget(budget: BudgetPlan, probed: Evaluation, whole: Evaluation) -> N
         UserError: the budget is not above the base's own noise, is finer than these rows can tell, is so large that nothing
             could break it, counts a metric without a value for each question, or there are too few of these.
     """
-    at_most, measure = budget.section.at_most, budget.measure
+    for bound in budget.bounds:
+        _check_bound(bound, probed, whole)
+
+
+def _check_bound(bound: PlannedBound, probed: Evaluation, whole: Evaluation) -> None:
+    at_most, measure = bound.at_most, bound.measure
     if measure not in whole.metrics or measure not in probed.metrics:
         raise UserError(f"budget.measure: the run has no {measure!r}{nearest(measure, whole.metrics)}")
     directed = [name for name, metric in whole.metrics.items() if metric.higher_is_better is not None]
@@ -137,8 +171,8 @@ def check_budget(budget: BudgetPlan, probed: Evaluation, whole: Evaluation) -> N
             f"budget.at_most: {at_most:g} is not above the base's own noise: measured twice, {measure} of the same "
             f"weights differs by {noise:.2g}"
         )
-    _check_rows(budget, len(whole.samples[measure]), len(probed.samples[measure]))
-    base_nll = whole.metrics.get(f"{budget.task.name} nll") if kind_of(measure) == "kl" else None
+    _check_rows(bound, len(whole.samples[measure]), len(probed.samples[measure]))
+    base_nll = whole.metrics.get(f"{bound.task.name} nll") if kind_of(measure) == "kl" else None
     if base_nll and at_most >= base_nll.value:
         raise UserError(
             f"budget.at_most: {at_most:g} nats per token is not below the {base_nll.value:.2g} that the base's own answers cost, "
@@ -146,14 +180,14 @@ def check_budget(budget: BudgetPlan, probed: Evaluation, whole: Evaluation) -> N
         )
     if whole.metrics[measure].unit != "fraction":
         return
-    rows = budget.rows_left(len(whole.samples[measure]))
-    finest = forgotten(measure, whole, whole, budget.probed_rows).upper
+    rows = bound.rows_left(len(whole.samples[measure]))
+    finest = forgotten(measure, whole, whole, bound.probed_rows).upper
     if at_most < finest:
         raise UserError(
             f"budget.at_most: {at_most:g} (a fraction) is finer than the {rows} answers that {measure} is checked on can "
             f"tell ({finest:.2g}); give more rows, or a KL"
         )
-    right = np.mean([answer for i, answer in enumerate(whole.samples[measure]) if i not in budget.probed_rows])
+    right = np.mean([answer for i, answer in enumerate(whole.samples[measure]) if i not in bound.probed_rows])
     if whole.metrics[measure].higher_is_better and at_most >= right:
         raise UserError(
             f"budget.at_most: {at_most:g} (a fraction) is not below the {right:.2g} that the base has of {measure} on the "
@@ -175,6 +209,11 @@ def forgotten(
 ) -> Estimate:
     """Return by how much `found` is worse than the base, see `paired_gain`: the KL, an NLL's rise, an accuracy's fall."""
     return paired_gain(measure, base, found, leave_out, discordant)
+
+
+def keeps(budget: BudgetPlan, found: Evaluation | Point, base: Evaluation) -> bool:
+    """Return whether every bound is kept on the probed rows, which are too few to be counted strictly: the others are."""
+    return all(within(forgotten(bound.measure, found, base, discordant=0), bound.at_most) for bound in budget.bounds)
 
 
 class BudgetProbe(Probe):
@@ -204,12 +243,11 @@ class BudgetProbe(Probe):
 
     def on_probe(self, point: Point, control: Any) -> None:
         """End the training at a point beyond the budget; remember the weights at one within it."""
-        if self.budget.section.then == "scale":
+        if self.budget.then == "scale":
             return
-        now = forgotten(self.budget.measure, point, self.base, discordant=0)
-        if not within(now, self.budget.section.at_most):
+        if not keeps(self.budget, point, self.base):
             self.reached = control.should_training_stop = True
-        elif self.budget.section.then == "rewind":
+        elif self.budget.then == "rewind":
             self.last_within = point.step
             with whole_parameters(*_owners(self.model)):
                 if is_first_process():
@@ -270,38 +308,50 @@ class Measurement:
     whole: Evaluation
     learning: list[Task] = field(default_factory=list)
 
-    def forgotten_on_probe(self) -> Estimate:
-        """Return what is forgotten on the probed rows, which are too few to be counted strictly: the others are."""
-        return forgotten(self.budget.measure, self.evaluate([self.budget.probe_task]), self.probed, discordant=0)
+    def keeps_on_probe(self) -> bool:
+        """Return whether the probed rows keep the budget."""
+        return keeps(self.budget, self.evaluate(self.budget.probe_tasks), self.probed)
 
-    def forgotten_on_rest(self) -> tuple[Estimate, int]:
-        """Return what is forgotten on the rows that no probe has used, and how many they are."""
-        found = self.evaluate([self.budget.task])
-        left = self.budget.rows_left(len(found.samples[self.budget.measure]))
-        return forgotten(self.budget.measure, found, self.whole, self.budget.probed_rows), left
+    def check_rest(self) -> list[Bound]:
+        """Return what is forgotten on the rows that no probe has used, the metric furthest beyond its bound first."""
+        found, checked = self.evaluate(self.budget.tasks), []
+        for bound in self.budget.bounds:
+            measure, at_most = bound.measure, bound.at_most
+            lost = forgotten(measure, found, self.whole, bound.probed_rows)
+            checked.append(
+                Bound(
+                    measure=measure,
+                    unit=self.whole.metrics[measure].unit,
+                    at_most=at_most,
+                    value=lost.value,
+                    stderr=lost.stderr,
+                    n=bound.rows_left(len(found.samples[measure])),
+                    kept=within(lost, at_most),
+                )
+            )
+        return sorted(checked, key=lambda bound: (bound.kept, -bound.used))
 
     def learned_on_probe(self) -> Evaluation | None:
         """Return what is learned on the probed rows; None where no task is probed."""
         return self.evaluate(self.learning) if self.learning else None
 
 
-def largest_strength(forgets: Callable[[float], Estimate], at_most: float) -> float:
-    """Return the largest strength up to 1 found by bisection that keeps a bound; 0 where not even the smallest does.
+def largest_strength(keeps: Callable[[float], bool]) -> float:
+    """Return the largest strength up to 1 found by bisection that keeps a budget; 0 where not even the smallest does.
 
     It bisects the logarithm of the strength, so that a small one is found with the same relative error as a large.
 
     Args:
-        forgets: strength → what is forgotten at it.
-        at_most: the bound.
+        keeps: strength → whether it keeps the budget.
     """
-    if within(forgets(1.0), at_most):
+    if keeps(1.0):
         return 1.0
-    if not within(forgets(MIN_STRENGTH), at_most):
+    if not keeps(MIN_STRENGTH):
         return 0.0
     low, top = MIN_STRENGTH, 1.0
     for _ in range(HALVINGS):
         middle = math.sqrt(low * top)
-        low, top = (middle, top) if within(forgets(middle), at_most) else (low, middle)
+        low, top = (middle, top) if keeps(middle) else (low, middle)
     return low
 
 
@@ -316,25 +366,22 @@ def scale_to_budget(measured: Measurement, strength: Strength, learned: Evaluati
     Returns:
         What became of the budget; `step` and `steps` are 0, `apply_budget` sets them.
     """
-    section = measured.budget.section
     before = learned or measured.learned_on_probe()
-    at_most = section.at_most
 
-    def forgets(value: float) -> Estimate:
+    def keeps_at(value: float) -> bool:
         with strength.at(value):
-            return measured.forgotten_on_probe()
+            return measured.keeps_on_probe()
 
-    strength.set(largest_strength(forgets, at_most))
-    checked, rows = measured.forgotten_on_rest()
-    first = None
-    while not within(checked, at_most) and strength.value:
-        first = first or checked
+    strength.set(largest_strength(keeps_at))
+    checks = [measured.check_rest()]
+    while not checks[-1][0].kept and strength.value:
         # Forgetting grows about as the square of a small change: aim just below, and check again.
-        factor = 0.98 * math.sqrt(at_most / checked.upper) if checked.upper > 0 else 0.5
+        used = checks[-1][0].used
+        factor = 0.98 / math.sqrt(used) if used > 0 else 0.5
         lower = strength.value * min(0.95, max(0.5, factor))
         strength.set(lower if lower >= MIN_STRENGTH else 0.0)
-        checked, rows = measured.forgotten_on_rest()
-    return _held(measured, before, checked, rows, first).model_copy(update={"strength": strength.value})
+        checks.append(measured.check_rest())
+    return _held(measured, before, checks).model_copy(update={"strength": strength.value})
 
 
 def repair_to_budget(measured: Measurement, weights: Sequence[float], apply: Callable[[float], None]) -> Budget:
@@ -348,41 +395,40 @@ def repair_to_budget(measured: Measurement, weights: Sequence[float], apply: Cal
     Returns:
         What became of the budget, with the weight.
     """
-    at_most, before = measured.budget.section.at_most, measured.learned_on_probe()
+    before = measured.learned_on_probe()
 
-    def keeps(weight: float) -> bool:
+    def keeps_at(weight: float) -> bool:
         apply(weight)
-        return within(measured.forgotten_on_probe(), at_most)
+        return measured.keeps_on_probe()
 
-    place = min(bisect.bisect_left(weights, True, key=keeps), len(weights) - 1)
+    place = min(bisect.bisect_left(weights, True, key=keeps_at), len(weights) - 1)
     apply(weights[place])
-    checked, rows = measured.forgotten_on_rest()
-    first = None
-    while not within(checked, at_most) and place + 1 < len(weights):
-        first, place = first or checked, place + 1
+    checks = [measured.check_rest()]
+    while not checks[-1][0].kept and place + 1 < len(weights):
+        place += 1
         apply(weights[place])
-        checked, rows = measured.forgotten_on_rest()
-    return _held(measured, before, checked, rows, first).model_copy(update={"weight": weights[place]})
+        checks.append(measured.check_rest())
+    return _held(measured, before, checks).model_copy(update={"weight": weights[place]})
 
 
-def _held(
-    measured: Measurement, before: Evaluation | None, checked: Estimate, rows: int, first: Estimate | None
-) -> Budget:
-    """Return what became of a budget, at strength 1; `before` is what was learned before anything was given up."""
+def _held(measured: Measurement, before: Evaluation | None, checks: list[list[Bound]]) -> Budget:
+    """Return what became of a budget, at strength 1.
+
+    Args:
+        measured: what is measured, and by what.
+        before: what was learned before anything was given up.
+        checks: every check on the rows that no probe used, the last one of what is saved.
+    """
     after = measured.learned_on_probe()
+    beyond = {bound.measure: bound.value for bound in checks[0] if not bound.kept} if len(checks) > 1 else {}
+    tightest, *others = (bound.model_copy(update={"first_check": beyond.get(bound.measure)}) for bound in checks[-1])
     return Budget(
-        measure=measured.budget.measure,
-        unit=measured.whole.metrics[measured.budget.measure].unit,
-        at_most=measured.budget.section.at_most,
-        then=measured.budget.section.then,
+        **tightest.model_dump(),
+        others=others,
+        then=measured.budget.then,
         strength=1.0,
         step=0,
         steps=0,
-        value=checked.value,
-        stderr=checked.stderr,
-        n=rows,
-        kept=within(checked, measured.budget.section.at_most),
-        first_check=first and first.value,
         learned=_given_up(measured, before, after) if before and after else {},
     )
 

@@ -168,11 +168,12 @@ def _print_measures(job: Job) -> None:
         )
         print(f"probe       {', '.join(labels)}, {often}")
     if job.budget is not None:
-        section, rows = job.budget.section, rows_of(job.budget.task, job.recipe.eval.limit)
-        on = f"{job.budget.rows_left(len(rows))} rows" if rows is not None else "the rows"
-        print(
-            f"budget      {job.budget.measure} at most {section.at_most:g} on {on} that no probe uses, then {section.then}"
-        )
+        for bound in job.budget.bounds:
+            rows = rows_of(bound.task, job.recipe.eval.limit)
+            on = f"{bound.rows_left(len(rows))} rows" if rows is not None else "the rows"
+            print(
+                f"budget      {bound.measure} at most {bound.at_most:g} on {on} that no probe uses, then {job.budget.then}"
+            )
 
 
 def _print_checks(job: Job, rows: int | None, size: int, free: int) -> None:

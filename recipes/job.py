@@ -345,7 +345,7 @@ def _plan_measures(job: Job) -> None:
     for plan in job.plans if job.budget or recipe.eval.strengths else ():
         method = recipe_method(recipe, plan.name)
         check_strength(plan.name, adapter_config(recipe.method, method, plan.rank))
-        if job.budget and job.budget.section.then != "scale" and not method.can_stop_early:
+        if job.budget and job.budget.then != "scale" and not method.can_stop_early:
             raise UserError(f"budget.then: {plan.name} is as sparse as asked only at its end; use scale")
     if recipe.eval.cache:
         job.base_key = caches.base_key(recipe, name, tasks, recipe.eval.limit)

@@ -217,7 +217,7 @@ def budget_measurement(job: Job, model: Any) -> Measurement:
     whole, probed = job.base, probe_folder(job.base)
 
     def measure(tasks: Sequence[Task]) -> Evaluation:
-        complete = tasks == [job.budget.task]
+        complete = tasks == job.budget.tasks
         limits = {"limit": job.recipe.eval.limit, "reference_dir": whole} if complete else {"reference_dir": probed}
         return evaluate(model, job.tokenizer, tasks, **limits, **job.eval_options, progress=False)
 

@@ -118,36 +118,59 @@ class GivenUp(BaseModel):
     unit: str | None = None
 
 
-class Budget(BaseModel):
-    """How a method kept its budget of forgetting.
+class Bound(BaseModel):
+    """What is forgotten of one metric, beside what a budget allows of it.
 
     Attributes:
-        measure, unit, at_most, then: the budget, and the unit of its metric.
-        strength: of the adapter that is saved, 1 being as it was trained.
-        weight: at which the adapter was repaired, where that was done to keep the budget.
-        step: the state that is saved, of `steps` planned.
-        reached: the step at which a probe was beyond the budget and ended the training.
+        measure, unit, at_most: the metric, its unit, and what is allowed.
         value, stderr, n: what is forgotten by what is saved, on n rows that no probe used.
-        kept: whether value + stderr is within the budget.
-        first_check: the first value on these rows, where it was beyond the budget and the strength was lowered further.
-        learned: by metric what was given up for it.
-        task: of a sequence: the task that was trained, where something was kept of an earlier one.
+        kept: whether value + stderr is within what is allowed.
+        first_check: the first value on these rows, where it was beyond that and more of the training was given up.
     """
 
     measure: str
     unit: str | None = None
     at_most: float
+    value: float
+    stderr: float | None = None
+    n: int
+    kept: bool
+    first_check: float | None = None
+
+    @property
+    def used(self) -> float:
+        """The share of what is allowed that is forgotten, the standard error counted as forgotten."""
+        return Estimate(self.value, self.stderr).upper / self.at_most
+
+    def told(self) -> str:
+        """Say what is forgotten, and how much was allowed."""
+        change = {"nll": "rise of ", "loss": "rise of ", "kl": "", "forgetting": ""}
+        told = f"{change.get(kind_of(self.measure), 'fall of ')}{metric_title(self.measure)} "
+        told += f"{_amount(self.value, self.stderr, self.measure, self.unit)} on {self.n} rows that no probe used, "
+        return f"{told}at most {scale_of(self.unit) * self.at_most:g} allowed"
+
+
+class Budget(Bound):
+    """How a method kept its budget of forgetting: of several metrics the one that is nearest to its bound, or furthest beyond.
+
+    Attributes:
+        others: the other metrics, from the nearest to its bound on.
+        then: what the recipe does to keep the budget.
+        strength: of the adapter that is saved, 1 being as it was trained.
+        weight: at which the adapter was repaired, where that was done to keep the budget.
+        step: the state that is saved, of `steps` planned.
+        reached: the step at which a probe was beyond the budget and ended the training.
+        learned: by metric what was given up for it.
+        task: of a sequence: the task that was trained, where something was kept of an earlier one.
+    """
+
+    others: list[Bound] = []
     then: str
     strength: float
     weight: float | None = None
     step: int
     steps: int
     reached: int | None = None
-    value: float
-    stderr: float | None = None
-    n: int
-    kept: bool
-    first_check: float | None = None
     learned: dict[str, GivenUp] = {}
     task: str | None = None
 
@@ -161,13 +184,16 @@ class Budget(BaseModel):
         how = [f"state of step {self.step} of {self.steps}"] if self.step < self.steps else []
         how += [f"strength {self.strength:.3g}"] if self.strength != 1 else []
         how += [f"repaired at weight {self.weight:.3g}"] if self.weight else []
-        change = {"nll": "rise of ", "loss": "rise of ", "kl": "", "forgetting": ""}
-        told = f"{change.get(kind_of(self.measure), 'fall of ')}{metric_title(self.measure)} "
-        told += f"{_amount(self.value, self.stderr, self.measure, self.unit)} on {self.n} rows that no probe used, "
-        told += f"at most {scale_of(self.unit) * self.at_most:g} allowed"
+        bounds = (self, *self.others)
+        told = "; ".join(bound.told() for bound in bounds)
         told += f" ({', '.join(how)})" if how else " (nothing had to be given up)"
-        if self.first_check is not None:
-            first = f"{scale_of(self.unit) * self.first_check:.3g}"
+        first = " and ".join(
+            f"{scale_of(bound.unit) * bound.first_check:.3g}"
+            + f" of {metric_title(bound.measure)}" * bool(self.others)
+            for bound in bounds
+            if bound.first_check is not None
+        )
+        if first:
             more = "strength was lowered" if self.weight is None else "weight was raised"
             told += f"; these rows first gave {first}, so the {more} once more"
         # `export` and `repair` change what a run has saved, and know of no training.

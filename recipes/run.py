@@ -405,9 +405,7 @@ def _settings(job: Job) -> dict[str, Any]:
     steps = {name: optimizer_steps(training, count) for name, count in own_rows.items() if count != rows}
     rank = f"matched to {recipe.method.match}" if recipe.method.match else recipe.method.rank
     texts = job.windows  # none where the start and the drift are those of method.init
-    budget = (
-        job.budget and f"at most {job.budget.section.at_most:g} of {job.budget.measure}, {job.budget.section.then}"
-    )
+    allowed = [f"{bound.at_most:g} of {bound.measure}" for bound in job.budget.bounds] if job.budget else []
     return {
         "learning_rate": training.learning_rate,
         "schedule": training.lr_scheduler_type.value,
@@ -415,7 +413,7 @@ def _settings(job: Job) -> dict[str, Any]:
         **{f"optimizer_steps_of_{name}": count for name, count in steps.items() if training.max_steps <= 0},
         "weight_decay": training.weight_decay,
         "batch": batch,
-        "budget": budget,
+        "budget": f"at most {', '.join(allowed)}, {job.budget.then}" if job.budget else None,
         "max_length": training.max_length,
         "training_rows": rows,
         "rows_left_out": describe_bad_rows(job.data.bad) or None,

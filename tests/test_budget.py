@@ -24,6 +24,7 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.budget import (
     BudgetPlan,
     Measurement,
+    PlannedBound,
     check_budget,
     forgotten,
     largest_strength,
@@ -96,18 +97,19 @@ def test_of_two_adapters_at_once_neither_has_a_strength():
 
 
 def test_the_largest_strength_is_found_by_bisection():
-    def forgets(s):
-        return Estimate(0.09 * s**2, 0.01 * s**2)
+    def largest(forgets, at_most):
+        return largest_strength(lambda s: within(Estimate(*forgets(s)), at_most))
 
-    found = largest_strength(forgets, 0.025)
-    assert found == pytest.approx(0.5, abs=2**-7) and within(forgets(found), 0.025)
-    assert largest_strength(forgets, 0.2) == 1.0
-    far = largest_strength(lambda s: Estimate(400 * s**2, 0.0), 0.01)  # a training that went far
+    def forgets(s):
+        return 0.09 * s**2, 0.01 * s**2
+
+    found = largest(forgets, 0.025)
+    assert found == pytest.approx(0.5, abs=2**-7) and within(Estimate(*forgets(found)), 0.025)
+    assert largest(forgets, 0.2) == 1.0
+    far = largest(lambda s: (400 * s**2, 0.0), 0.01)  # a training that went far
     assert far == pytest.approx(0.005, rel=0.014) and far < 0.005
-    assert largest_strength(lambda s: Estimate(1.0, 0.1), 0.025) == 0.0
-    assert largest_strength(lambda s: Estimate(float("nan") if s > 0.3 else 0.0, None), 0.01) == pytest.approx(
-        0.3, abs=0.01
-    )
+    assert largest(lambda s: (1.0, 0.1), 0.025) == 0.0
+    assert largest(lambda s: (float("nan") if s > 0.3 else 0.0, None), 0.01) == pytest.approx(0.3, abs=0.01)
 
 
 PAIRS = [(f"Q: {i}\nA:", f" k{i}" + "x" * (i % 4)) for i in range(24)]
@@ -143,10 +145,10 @@ def _common(prompt, text):
 
 
 class Fake:
-    """A model whose forgetting is known: c² on the probed rows, `worse` times that on the others."""
+    """A model whose forgetting is known: c² on the probed rows, `worse` times that on the others; of notes `times` that."""
 
-    def __init__(self, worse):
-        self.worse, self.value, self.seen = worse, 1.0, []
+    def __init__(self, worse, times=1.0):
+        self.worse, self.times, self.value = worse, times, 1.0
 
     def set(self, value):
         self.value = value
@@ -155,10 +157,14 @@ class Fake:
         return _At(self, value)
 
     def evaluate(self, tasks):
-        (task,) = tasks
-        few = len(task.pairs) == 8
-        self.seen.append((few, self.value))
-        return evaluation(np.full(len(task.pairs), self.value**2 * (1 if few else self.worse)))
+        found = Evaluation({}, {}, 0.0)
+        for task in tasks:
+            squares = self.value**2 * (1 if len(task.pairs) == 8 else self.worse)
+            squares *= self.times if task.name == "notes" else 1
+            one = evaluation(np.full(len(task.pairs), squares), name=f"{task.name} kl")
+            found.metrics |= one.metrics
+            found.samples |= one.samples
+        return found
 
 
 class _At:
@@ -178,8 +184,7 @@ def test_the_rows_that_no_probe_used_have_the_last_word(worse, again):
         AnswerTask("facts", PAIRS, kl=True, role="retention"),
         AnswerTask("facts", PAIRS[:8], kl=True, role="retention"),
     )
-    section = SimpleNamespace(at_most=0.09, measure=None, then="scale")
-    budget = BudgetPlan(section, "facts kl", task, few, frozenset(range(8)))
+    budget = BudgetPlan("scale", [PlannedBound("facts kl", 0.09, task, few, frozenset(range(8)))])
     model = Fake(worse)
     zero, zeros = evaluation(np.zeros(8)), evaluation(np.zeros(24))
     held = scale_to_budget(Measurement(model.evaluate, budget, zero, zeros), model)
@@ -192,10 +197,36 @@ def test_the_rows_that_no_probe_used_have_the_last_word(worse, again):
         assert held.value > 0.09 * 0.85  # no more is given up than needed
 
 
+@pytest.mark.parametrize("times", [0.1, 0.9, 4.0])
+def test_of_several_bounds_all_are_kept_and_the_tightest_is_told(times):
+    bounds, zeros = [], [Evaluation({}, {}, 0.0), Evaluation({}, {}, 0.0)]
+    for name, at_most in (("facts", 0.09), ("notes", 0.04)):
+        task, few = (AnswerTask(name, PAIRS[:n], kl=True, role="retention") for n in (24, 8))
+        bounds.append(PlannedBound(f"{name} kl", at_most, task, few, frozenset(range(8))))
+        for found, n in zip(zeros, (8, 24)):
+            one = evaluation(np.zeros(n), name=f"{name} kl")
+            found.metrics |= one.metrics
+            found.samples |= one.samples
+    model = Fake(1.5, times)
+    held = scale_to_budget(Measurement(model.evaluate, BudgetPlan("scale", bounds), *zeros), model)
+    (other,) = held.others
+    used = {bound.measure: bound.value / bound.at_most for bound in (held, other)}
+    assert used["facts kl"] == pytest.approx(1.5 * held.strength**2 / 0.09)
+    assert used["notes kl"] == pytest.approx(1.5 * held.strength**2 * times / 0.04)
+    assert held.kept and other.kept and 0.85 < max(used.values()) <= 1  # no more is given up than needed
+    assert held.measure == max(used, key=used.get) == ("facts kl" if times == 0.1 else "notes kl")
+    assert held.first_check is not None and other.first_check is None
+    told = held.sentence()
+    assert (
+        "facts KL" in told and "at most 0.09 allowed" in told and "notes KL" in told and "at most 0.04 allowed" in told
+    )
+    assert f"these rows first gave {held.first_check:.3g} of {held.measure[:5]} KL" in told
+
+
 @pytest.mark.parametrize(("worse", "weight"), [(0.1, 1.0), (1.0, 1.0), (1.2, 10.0), (3.0, 10.0), (1e9, 100.0)])
 def test_a_repair_takes_the_smallest_weight_that_keeps_a_budget(worse, weight):
     task, few = (AnswerTask("facts", PAIRS[:n], kl=True, role="retention") for n in (24, 8))
-    budget = BudgetPlan(SimpleNamespace(at_most=0.03, then="scale"), "facts kl", task, few, frozenset(range(8)))
+    budget = BudgetPlan("scale", [PlannedBound("facts kl", 0.03, task, few, frozenset(range(8)))])
     model, measured = Fake(worse), []
     at = {0.0: 0.5, 0.1: 0.4, 1.0: 0.17, 10.0: 0.01, 100.0: 0.005}  # the square is forgotten
 
@@ -217,7 +248,7 @@ def test_a_perplexity_bounds_nothing():
         "l/acc": Metric(0.5, 0.1, 40, True, "retention"),
     }
     found = Evaluation(metrics, {}, 0.0, samples={"l/perplexity": samples, "l/acc": [0.0, 1.0] * 20})
-    budget = SimpleNamespace(measure="l/perplexity", section=SimpleNamespace(at_most=0.05))
+    budget = BudgetPlan("scale", [PlannedBound("l/perplexity", 0.05, None, None, frozenset())])
     with pytest.raises(UserError, match=r"'l/perplexity' is no mean of a value for each question.*l/acc"):
         check_budget(budget, found, found)
 
@@ -233,7 +264,7 @@ def test_a_perplexity_bounds_nothing():
 )
 def test_a_bound_on_an_accuracy_is_one_that_can_be_broken_and_told(at_most, right, message):
     few, whole = (evaluation([i % 10 < 10 * right for i in range(n)], "fraction", True, "acc") for n in (10, 50))
-    budget = BudgetPlan(SimpleNamespace(at_most=at_most), "acc", None, None, frozenset(range(40, 50)))
+    budget = BudgetPlan("scale", [PlannedBound("acc", at_most, None, None, frozenset(range(40, 50)))])
     with pytest.raises(UserError, match=re.escape(message)) if message else nullcontext():
         check_budget(budget, few, whole)
 
@@ -244,7 +275,7 @@ def test_a_kl_beyond_what_the_answers_cost_is_no_bound():
     whole.metrics["facts nll"] = Metric(1.9, 0.1, 50, False, "retention", "nats")
     for at_most, refused in ((5, True), (0.05, False)):
         task = SimpleNamespace(name="facts")
-        budget = BudgetPlan(SimpleNamespace(at_most=at_most), "facts kl", task, None, frozenset(range(40, 50)))
+        budget = BudgetPlan("scale", [PlannedBound("facts kl", at_most, task, None, frozenset(range(40, 50)))])
         with pytest.raises(UserError, match=r"5 nats per token is not below the 1\.9") if refused else nullcontext():
             check_budget(budget, few, whole)
 
@@ -385,6 +416,12 @@ def test_a_run_that_was_rewound_to_its_start_goes_on(tmp_path):
         (["--max-forgetting", "little"], "budget.at_most: input should be a valid number"),
         (["budget={at_most: 0.1, then: stopp}"], "'scale', 'stop' or 'rewind'"),
         (["budget={at_most: 0.1, measure: fact kl}"], "the run has no 'fact kl' in eval.retention (did you mean 'facts kl'?)"),
+        (["budget={at_most: 0.1, measure: [facts nll, facts kk]}"], "the run has no 'facts kk' in eval.retention (did you mean 'facts kl'?)"),
+        (["budget={at_most: 0.1, measure: [facts kl, facts kl]}"], "budget.measure: names 'facts kl' twice"),
+        (["budget={at_most: [0.1, 0], measure: [facts kl, facts nll]}"], "budget.at_most.1: input should be greater than 0"),
+        (["budget.measure=[facts kl, facts nll]", "--max-forgetting", "0.1,0.2,0.3"], "budget.at_most: is a list of 3 where budget.measure names 2"),
+        (["--max-forgetting", "0.1,0.2"], "budget.at_most: is a list of 2 where budget.measure names 0"),
+        (["budget={at_most: [0.1], measure: all}"], "budget.at_most: is a list of 1 where budget.measure names 0"),
         (["budget={at_most: 0.1, measure: numbers nll}"], "the run has no 'numbers nll' in eval.retention"),
         (["--max-forgetting", "0.1", "eval.retention=[]"], "eval.retention is empty"),
         (["--max-forgetting", "0.1", "eval.before=false"], "counted from the base"),
@@ -415,7 +452,38 @@ def test_a_budget_is_shared_out_among_the_tasks_of_a_sequence():
         assert [(stage.budget.at_most, stage.budget.then) for stage in stages] == [
             (pytest.approx(0.3 * part), then) for part in (1 / 3, 2 / 3, 1)
         ]
+    (*_, last) = stages = stage_recipes(load_recipe("sequence", ["budget={at_most: [0.3, 0.6], measure: [a, b]}"]))
+    assert stages[0].budget.at_most == pytest.approx([0.1, 0.2]) and last.budget.at_most == [0.3, 0.6]
     assert [stage.budget for stage in stage_recipes(load_recipe("sequence"))] == [None] * 3
+
+
+@pytest.mark.parametrize("then", ["scale", "rewind"])
+def test_a_run_keeps_every_bound(tmp_path, then):
+    """The second entry's, which alone ends the training or lowers the strength."""
+    path, rows = recipe(tmp_path), [json.loads(line) for line in (tmp_path / "facts.jsonl").read_text().splitlines()]
+    notes = write_rows(tmp_path / "notes.jsonl", rows[40:80])
+    entries = f"[{{answers: facts, path: {tmp_path}/facts.jsonl, limit: 40}}, {{answers: notes, path: {notes}}}]"
+    words = [f"eval.retention={entries}", f"budget={{at_most: [4, 0.03], measure: all, then: {then}}}", *WORDS]
+    with pytest.raises(UserError, match="is a list of 2 where budget.measure names 0"):
+        load_recipe(str(path), words)
+    words[1] = words[1].replace("all", "[facts kl, notes kl]")
+    assert main([str(path), *words]) == 0
+    found = row(tmp_path / "out")
+    kept, (other,) = found["budget"], found["budget"]["others"]
+    assert (kept["measure"], kept["at_most"], other["measure"], other["at_most"]) == ("notes kl", 0.03, "facts kl", 4)
+    assert kept["kept"] and kept["value"] + kept["stderr"] <= 0.03 and other["kept"] and other["n"] == 28
+    assert kept["strength"] < 1 if then == "scale" else kept["reached"] and kept["step"] < kept["reached"]
+    told = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["budget"]
+    assert told == f"at most 4 of facts kl, 0.03 of notes kl, {then}"
+    dry = [
+        str(path),
+        words[0],
+        "budget={at_most: 0.1, measure: all}",
+        "--dry-run",
+        "--output-dir",
+        str(tmp_path / "x"),
+    ]
+    assert main(dry) == 0
 
 
 def test_a_budget_below_the_bases_own_noise_is_refused_before_training(tmp_path, monkeypatch, capsys):

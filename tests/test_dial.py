@@ -231,10 +231,10 @@ def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
     )
     forgot = points(tmp_path)[1.0]["facts kl"]["value"]
     at_most = forgot / 4
-    words = ["--out", str(tmp_path / "a"), "--max-forgetting", str(at_most), *files]
-    assert main(["export", str(world / "elsewhere"), *words]) == 0
+    words = ["--out", str(tmp_path / "a"), "--max-forgetting", f"{at_most},9", *files]
+    assert main(["export", str(world / "elsewhere"), *words, "--measure", "facts kl", "--measure", "facts nll"]) == 0
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "rows that no probe used" in said
+    assert "rows that no probe used" in said and re.search("rise of facts NLL .* at most 9 allowed", said)
     given_up = r"given up: \S+ ± \S+ nats per token of numbers NLL \(\S+ at this strength, \S+ at strength 1\)"
     assert re.search(given_up, said) and "training ended" not in said
     with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
@@ -299,6 +299,11 @@ def test_mistakes_are_told_before_a_model_loads(world, tmp_path, monkeypatch, ca
         (["--strength", "0"], "at 0 there is nothing to export"),
         (["--strength", "3"], "a strength is a number from 0"),
         (["--max-forgetting", "0"], "must be a number above 0"),
+        (
+            ["--max-forgetting", "0.1,0.2", "--measure", "facts kl"],
+            "error: --max-forgetting: is a list of 2 where --measure names 1",
+        ),
+        (["--max-forgetting", "0.1,0", "--measure", "facts kl"], "must be a number above 0"),
         (["--max-forgetting", "0.1", "--measure", "facts acc"], "the run has no 'facts acc'"),
         (["--max-forgetting", "1e-6"], "leaves nothing of the adapter"),
         (["--measure", "facts kl"], "--measure: is for what --max-forgetting measures; give that too"),

@@ -251,7 +251,15 @@ def test_texts_that_the_model_wrote_after_the_rows_are_those_of_the_run(tmp_path
     assert "task: 256 training rows, evenly spread over 300" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("given", "measure"), [({}, "a kl"), ({"measure": "b kl"}, "b kl"), ({"keep": "q"}, None)])
+@pytest.mark.parametrize(
+    ("given", "measure"),
+    [
+        ({}, "a kl"),
+        ({"measure": ["b kl"]}, "b kl"),
+        ({"measure": ["b kl", "c kl"]}, ["b kl", "c kl"]),
+        ({"keep": "q"}, None),
+    ],
+)
 def test_a_runs_own_measure_is_taken(given, measure, monkeypatch):
     """By `export --max-forgetting` too."""
     monkeypatch.setattr(dial, "job_for", lambda source, arguments, scratch, budget: budget)

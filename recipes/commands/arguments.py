@@ -42,7 +42,10 @@ KEYS_AS_OPTIONS = {
         for command in ("export", "dial", "check", "repair")
     },
 }
-MEASURE = "--max-forgetting: the metric (default: that of the run's budget, else the first KL, else the first metric)"
+MEASURE = (
+    "--max-forgetting: a metric, several times for several, or all: the first of every entry (default: those of the run's "
+    "budget, else the first KL, else the first metric)"
+)
 MAX_WEIGHT = 1e6  # of a repair
 STRENGTHS, MAX_STRENGTH = "0,0.2,0.4,0.6,0.8,1,1.25", 2.0
 
@@ -118,7 +121,7 @@ def _train(parser: Any) -> None:
     add(
         "--max-forgetting",
         metavar="X",
-        help="how much may be forgotten (budget.at_most): nats per token of the first KL of eval.retention, or without one a fraction of the first accuracy",
+        help="how much may be forgotten (budget.at_most): nats per token of the first KL of eval.retention, or without one a fraction of the first accuracy; budget.measure names others",
     )
     add("--sequence", action="store_true", help="learn the tasks of several recipes one after the other")
     add(
@@ -249,6 +252,12 @@ def amount(text: str) -> float:
     return value
 
 
+def amounts(text: str) -> float | list[float]:
+    """Return how much may be forgotten: a number for every metric, or "0.01,0.05" for one each."""
+    first, *others = map(amount, text.split(","))
+    return [first, *others] if others else first
+
+
 def _export(parser: Any) -> None:
     """Write what RUN/METHOD trained to a new folder with a model card. It is loaded again on a fresh base and its
     logits on real text are compared with the run's before the folder appears.
@@ -263,11 +272,11 @@ def _export(parser: Any) -> None:
     add("--strength", type=strength, metavar="S", help="write ΔW times S; 1 is the adapter as saved")
     add(
         "--max-forgetting",
-        type=amount,
+        type=amounts,
         metavar="X",
         help="write ΔW times the largest factor that forgets no more than X, measured",
     )
-    add("--measure", metavar="NAME", help=MEASURE)
+    add("--measure", action="append", metavar="NAME", help=MEASURE)
     _add_questions(add)
     add("--license", metavar="ID", help="license of the base, where its card does not say")
     add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
@@ -338,8 +347,8 @@ def _repair(parser: Any) -> None:
     about = "of the texts to keep, compared with what was learned; more keeps more (default 1)"
     add("--weight", type=weight, metavar="W", help=about)
     about = "or the smallest weight that forgets no more than X, measured by the run's own questions"
-    add("--max-forgetting", type=amount, metavar="X", help=about)
-    add("--measure", metavar="NAME", help=MEASURE)
+    add("--max-forgetting", type=amounts, metavar="X", help=about)
+    add("--measure", action="append", metavar="NAME", help=MEASURE)
     _add_consent(add)
     _add_source(add)
     about = "folder to write (default: RUN/METHOD-repaired)"

@@ -19,7 +19,7 @@ from lora_null.recipes.budget import scale_to_budget
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE, is_of_run, whole_of
-from lora_null.recipes.config.schema import BudgetSection, parse_recipe
+from lora_null.recipes.config.schema import BudgetSection, parse_recipe, parse_section
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.environment import prepare_cpu
 from lora_null.recipes.job import Job, evaluation_job
@@ -206,8 +206,10 @@ def _questions(source: Trained, arguments: argparse.Namespace) -> dict[str, Any]
 def budget_job(source: Trained, arguments: argparse.Namespace, scratch: Path) -> Job:
     """Return what measures an adapter against --max-forgetting and --measure, else its run's; otherwise as `job_for`."""
     own = None if arguments.keep or arguments.learn else (source.recipe.get("budget") or {}).get("measure")
-    budget = BudgetSection(at_most=arguments.max_forgetting, measure=arguments.measure or own).model_dump()
-    return job_for(source, arguments, scratch, budget)
+    asked = arguments.measure
+    measure = own if not asked else asked if len(asked) > 1 else asked[0]
+    budget = {"at_most": arguments.max_forgetting, "measure": measure}
+    return job_for(source, arguments, scratch, parse_section(BudgetSection, "budget", budget).model_dump())
 
 
 def strength_within(source: Trained, arguments: argparse.Namespace, scratch: Path) -> tuple[float, str]:
@@ -221,7 +223,7 @@ def strength_within(source: Trained, arguments: argparse.Namespace, scratch: Pat
     held = scale_to_budget(budget_measurement(job, model), Strength(model))
     if held.strength == 0:
         raise UserError(
-            f"--max-forgetting: {arguments.max_forgetting:g} leaves nothing of the adapter; at the smallest strength "
+            f"--max-forgetting: {held.at_most:g} leaves nothing of the adapter; at the smallest strength "
             f"{held.measure} is beyond it"
         )
     return held.strength, held.sentence()

@@ -343,7 +343,8 @@ def load_recipe(
     given |= {} if methods is None else parse_overrides([f"method.name={methods}"])
     raw = apply_overrides(raw, given, "argument ", path.parent)
     if max_forgetting is not None:
-        set_key(raw, "budget.at_most", max_forgetting, "--max-forgetting")
+        several = max_forgetting.split(",")
+        set_key(raw, "budget.at_most", several if len(several) > 1 else max_forgetting, "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
     _resolve_method_files(raw.get("method"), path.parent)
     recipe = parse_recipe(raw, path.stem)

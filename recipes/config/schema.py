@@ -16,7 +16,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -684,21 +686,51 @@ class ProbeSection(Section):
     share: float = Field(0.05, gt=0, le=1, description="largest share of the training's time; above it a line says so")
 
 
+ALL_ENTRIES = "all"  # as a budget's measure: of every entry of eval.retention
+
+Amount = Annotated[float, Field(gt=0)]
+OneOrSeveralAmounts = Annotated[
+    Annotated[Amount, Tag("float")] | Annotated[list[Amount], Tag("list[]")],
+    Discriminator(lambda value: "list[]" if isinstance(value, list) else "float"),
+]
+
+
 class BudgetSection(Section):
     """How much may be forgotten: what is saved keeps it, checked on rows that no probe has used."""
 
-    measure: str | None = Field(
+    measure: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
-        description="a metric of eval.retention, such as 'NQ kl'; when not given its first KL, else the first metric of its first entry",
+        description="a metric of eval.retention, such as 'NQ kl', or several, such as [NQ kl, notes kl], or all: the first KL, else the first "
+        "metric, of every entry; when not given its first KL, else the first metric of its first entry",
     )
-    at_most: float = Field(
-        gt=0, description="KL or rise of an NLL in nats per token, fall of an accuracy as a fraction"
+    at_most: OneOrSeveralAmounts = Field(
+        description="KL or rise of an NLL in nats per token, fall of an accuracy as a fraction; for each of several metrics, or [0.01, 0.05] "
+        "in their order"
     )
     then: Literal["scale", "stop", "rewind"] = Field(
         "scale",
         description="scale: train to the end, then take the largest strength that stays within the budget; stop: end the training where a "
         "probe reaches it; rewind: the same, and go back to the last state within it",
     )
+
+    def times(self, part: float) -> BudgetSection:
+        """Return the same budget with `part` times what it allows."""
+        most = self.at_most
+        return self.model_copy(
+            update={"at_most": [part * one for one in most] if isinstance(most, list) else part * most}
+        )
+
+    @field_validator("at_most")
+    @classmethod
+    def _check_counts(cls, at_most: float | list[float], info: ValidationInfo) -> float | list[float]:
+        measure = info.data.get("measure")
+        named = measure if isinstance(measure, list) else [] if measure in (None, ALL_ENTRIES) else [measure]
+        if isinstance(at_most, list) and len(at_most) != len(named):
+            raise ValueError(
+                f"is a list of {len(at_most)} where budget.measure names {len(named)}; give one number, or one for each metric "
+                "by name"
+            )
+        return at_most
 
 
 class EvalSection(Section):
