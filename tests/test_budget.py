@@ -464,7 +464,7 @@ def test_a_run_keeps_every_bound(tmp_path, then):
     notes = write_rows(tmp_path / "notes.jsonl", rows[40:80])
     entries = f"[{{answers: facts, path: {tmp_path}/facts.jsonl, limit: 40}}, {{answers: notes, path: {notes}}}]"
     words = [f"eval.retention={entries}", f"budget={{at_most: [4, 0.03], measure: all, then: {then}}}", *WORDS]
-    with pytest.raises(UserError, match="is a list of 2 where budget.measure names 0"):
+    with pytest.raises(UserError, match="a list of 2 where"):
         load_recipe(str(path), words)
     words[1] = words[1].replace("all", "[facts kl, notes kl]")
     assert main([str(path), *words]) == 0

@@ -1,6 +1,7 @@
 """`lora-null new`: from a file of data to a recipe that passes --dry-run, shows its rows and trains."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pyarrow
@@ -152,10 +153,37 @@ def test_what_to_keep(world):
     own, general = recipe.calibration.sources
     assert (own.path, own.weight, own.limit, general.source) == ("facts.jsonl", 3, 84, "general")
     kept = recipe.eval.retention[0]
-    assert (kept.answers, kept.path, kept.offset, kept.limit, kept.template) == ("kept", "facts.jsonl", 84, 16, "chat")
+    name = "kept facts"  # what is shipped is called facts too
+    assert (kept.answers, kept.path, kept.offset, kept.limit, kept.template) == (name, "facts.jsonl", 84, 16, "chat")
     assert (
         main(["train", "rows.yaml", "--max-forgetting", "0.01", "--dry-run"]) == 0
     )  # 16 rows are enough for a budget
+
+
+def test_several_things_to_keep(world, capsys):
+    """Each is measured, and one budget bounds all that hold out rows enough for it."""
+    write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(60)))
+    for name, rows in (("a (new).jsonl", 100), ("b.jsonl", 64), ("few.jsonl", 50)):
+        write_rows(Path(name), map(KINDS["answers"][0], range(rows)))
+    words = [word for name in ("a (new).jsonl", "few.jsonl", "b.jsonl") for word in ("--keep", name)]
+    recipe = make(*words)
+    said, text = capsys.readouterr().out, Path("rows.yaml").read_text()
+    assert [source.weight for source in recipe.calibration.sources] == [3, 3, 3, 3]
+    names = [entry.answers for entry in recipe.eval.retention]
+    assert names == ["a new", "b", "facts", "prose", "code", "instructions", "few"]
+    assert [entry.answers for entry in recipe.eval.task] == ["rows"]
+    told = "--max-forgetting bounds a new, b alone: few.jsonl holds out 5 usable rows, and a budget needs 16\n"
+    budget = '--max-forgetting 0.01 "budget.measure=[a new kl, b kl]"'
+    assert told in said and f"lora-null train rows.yaml {budget}\n" in said and budget in text
+    capsys.readouterr()
+    assert main(["train", "rows.yaml", "--dry-run", *shlex.split(budget)]) == 0
+    said = capsys.readouterr().out
+    assert "budget      a new kl at most 0.01 on 8 rows" in said and "budget      b kl at most 0.01 on 8 rows" in said
+    write_rows(Path("b.jsonl"), [*map(KINDS["messages"][0], range(3)), {"messages": [{"role": "user"}]}])
+    make(*words, "--out", "other.yaml", code=2)
+    assert "error: --keep b.jsonl: 1 of 4 rows cannot be used" in capsys.readouterr().err
+    make("--keep", "", code=2)
+    assert "--keep: is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -170,10 +198,10 @@ def test_what_a_budget_would_bound(world, capsys, rows, held_out):
     told = f"budget      --max-forgetting would bound the shipped facts: facts.jsonl holds out {held_out}, and a budget needs 16\n"
     assert (told in said) == (held_out is not None) == ("max-forgetting" in said)
     assert main(["train", "rows.yaml", "--max-forgetting", "0.01", "--dry-run"]) == 0
-    measure = "facts kl" if held_out or not rows else "kept kl"
+    measure = "facts kl" if held_out or not rows else "kept facts kl"
     assert f"budget      {measure} at most 0.01 on" in capsys.readouterr().out
     text = Path("rows.yaml").read_text()
-    assert ('# weight: share of the windows; the rows after limit are measured as "kept"\n' in text) == (
+    assert ('# weight: share of the windows; the rows after limit are measured as "kept facts"\n' in text) == (
         rows in (50, 64)
     )
     assert ("# weight: share of the windows\n" in text) == (rows == 39)
@@ -193,10 +221,13 @@ def test_a_row_to_keep_without_a_text_is_told_by_its_option(world, capsys):
     write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(20)))
     write_rows(Path("facts.jsonl"), [*map(KINDS["messages"][0], range(3)), {"messages": [{"role": "user"}]}])
     make("--keep", "facts.jsonl", code=2)
-    assert "--keep: 1 of 4 rows cannot be used: 1 an empty turn of the user (row 4)" in capsys.readouterr().err
+    assert (
+        "--keep facts.jsonl: 1 of 4 rows cannot be used: 1 an empty turn of the user (row 4)"
+        in capsys.readouterr().err
+    )
     Path("facts.jsonl").write_text('{"question": "q", "answer": "a"}\n{broken\n')
     make("--keep", "facts.jsonl", code=2)
-    assert "--keep: 1 of 2 rows cannot be used: 1 no complete JSON (row 2)" in capsys.readouterr().err
+    assert "--keep facts.jsonl: 1 of 2 rows cannot be used: 1 no complete JSON (row 2)" in capsys.readouterr().err
 
 
 ODD = {  # rows of which some cannot be used, or named so that they are mistaken for something else
@@ -231,8 +262,8 @@ def test_rows_to_keep_that_cannot_be_asked(world, capsys, asked):
     recipe = make("--keep", "facts.jsonl")
     said = capsys.readouterr().out
     names = [entry.answers for entry in recipe.eval.retention]
-    assert ("kept" in names) == bool(asked) != ("no row of it is held out" in said)
-    assert names[0] != "kept"  # by one row no budget is kept
+    assert ("kept facts" in names) == bool(asked) != ("no row of it is held out" in said)
+    assert names[0] == "facts"  # by one row no budget is kept
     usable = "1 usable row" if asked else "no usable row"
     assert f"bound the shipped facts: facts.jsonl holds out {usable}, and a budget needs 16\n" in said
     assert recipe.data.on_bad_row == ("skip" if asked else None)
@@ -336,8 +367,8 @@ def test_it_trains(world, monkeypatch, capsys):
     words = ["training.max_steps=2", "eval.limit=2", "calibration.samples=32", "eval.cache=false"]
     assert main(["train", "deep/mine.yaml", *words]) == 0
     results = json.loads(Path("runs/mine/results.json").read_text())
-    assert {"kept kl", "facts kl", "code kl", "learned nll"} <= set(results["rows"][-1]["metrics"])
-    assert next(iter(results["rows"][-1]["metrics"])) != "kept nll"  # of 4 chunks, too few for a budget
+    assert {"notes kl", "facts kl", "code kl", "rows nll"} <= set(results["rows"][-1]["metrics"])
+    assert next(iter(results["rows"][-1]["metrics"])) != "notes nll"  # of 4 chunks, too few for a budget
     assert "notes: 24 windows" in results["settings"]["calibration_data"].replace("deep/../", "").replace("../", "")
 
 

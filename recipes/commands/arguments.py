@@ -28,7 +28,7 @@ KEYS_AS_OPTIONS = {
         "; data.on_bad_row=skip leaves them out": "; mend them, or leave them out of the file",
         **dict.fromkeys(("data.path=", "data.path"), "--data"),
         "data.split": "--split",
-        **dict.fromkeys(("keep.path=", "keep.path", "calibration.sources.0.path", "calibration.sources.0"), "--keep"),
+        **dict.fromkeys(("keep.path=", "keep.path"), "--keep"),
         "keep.split: ": "--keep: name one of its files; ",
     },
     "init": {"model.name_or_path": "--model"},
@@ -97,7 +97,8 @@ def _new(parser: Any) -> None:
     add = _adder(parser)
     add("--model", required=True, help="hub id or local folder", complete=shtab.DIRECTORY)
     add("--data", required=True, help="file, folder or hub id of what to learn", complete=shtab.FILE)
-    add("--keep", help="file, folder or hub id of what to keep; else a general mix", complete=shtab.FILE)
+    about = "file, folder or hub id of what to keep, several times for several; else a general mix"
+    add("--keep", action="append", default=[], metavar="PATH", help=about, complete=shtab.FILE)
     add("--split", default="train", help="split of a data set (default train); a single file is its own")
     add("--out", type=Path, metavar="RECIPE", help="the YAML to write (default: the data's name)", complete=shtab.FILE)
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -133,6 +134,44 @@ class Rows:
         return {"path": self.path} | ({"split": self.split} if self.split else {})
 
 
+class Names:
+    """The names of what is measured: after its file, with "kept" or "learned" in front where another one is called so."""
+
+    def __init__(self) -> None:
+        self.taken = {name for name, _, _ in SHIPPED}
+
+    def of(self, path: str, role: str) -> str:
+        stem = re.sub(r"[^\w.-]+", " ", Path(path).resolve().stem).strip()
+        numbered = (f"{role} {stem} {number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain((stem, f"{role} {stem}"), numbered) if name not in self.taken)
+        self.taken.add(name)
+        return name
+
+
+@dataclass
+class Kept:
+    """What one --keep names.
+
+    Attributes:
+        path: as it was given.
+        rows: what lies there.
+        entry: of `eval.retention`, which asks the rows that are held out; None where none can be asked.
+        asked: how many of them can be.
+        unusable: those that cannot.
+    """
+
+    path: str
+    rows: Rows
+    entry: dict[str, Any] | None = None
+    asked: int = 0
+    unusable: list[BadRow] = field(default_factory=list)
+
+    @property
+    def bounds(self) -> bool:
+        """Whether a budget can be kept on its rows."""
+        return self.asked >= BUDGET_ROWS
+
+
 @dataclass
 class Draft:
     """All that the template of the recipe writes."""
@@ -145,6 +184,7 @@ class Draft:
     training: dict[str, Any]
     calibration: dict[str, Any]
     retention: list[dict[str, Any]]
+    bounded: list[str]  # names of the entries that a budget can bound, see `Kept`
     task: list[dict[str, Any]]
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -167,11 +207,17 @@ class Draft:
         }
         return f"   # {comments[key]}" if comments.get(key) else ""
 
-    @staticmethod
-    def _kept_comment(source: Any) -> str:
-        return (
-            '; the rows after limit are measured as "kept"' if isinstance(source, dict) and "limit" in source else ""
-        )
+    @property
+    def budget(self) -> str:
+        """The options that bound what is forgotten of what the user keeps."""
+        several = ", ".join(f"{name} kl" for name in self.bounded)
+        return "--max-forgetting 0.01" + (f' "budget.measure=[{several}]"' if len(self.bounded) > 1 else "")
+
+    def _kept_comment(self, source: Any) -> str:
+        if not isinstance(source, dict) or "limit" not in source:
+            return ""
+        name = next(entry["answers"] for entry in self.retention if entry["path"] == source["path"])
+        return f'; the rows after limit are measured as "{name}"'
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -180,8 +226,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: a model or data that cannot be read or is of no known format, or a file that is there already.
     """
-    for name in ("model", "data", "keep"):  # as the keys of a recipe are
-        setattr(arguments, name, getattr(arguments, name) and os.path.expanduser(getattr(arguments, name)))
+    for name in ("model", "data"):  # as the keys of a recipe are
+        setattr(arguments, name, os.path.expanduser(getattr(arguments, name)))
+    arguments.keep = list(map(os.path.expanduser, arguments.keep))
     out = arguments.out or Path(f"{Path(arguments.data.rstrip('/')).stem or 'recipe'}.yaml")
     if out.suffix not in YAML_SUFFIXES:
         raise UserError(f"--out: {out} is no YAML file, such as {out.with_suffix('.yaml').name}")
@@ -197,6 +244,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"written     {out}; its comments say why, change what you know better")
     print(f"next        lora-null train {quoted} --dry-run     # the plan, in seconds")
     print(f"            lora-null train {quoted}")
+    if len(draft.bounded) > 1:
+        print(f"            lora-null train {quoted} {draft.budget}")
 
 
 def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
@@ -220,14 +269,17 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     too_long = cut_before_the_answer(examples, sides[0], length)
     bad += too_long
     _check_usable(bad, len(examples) - len(too_long))
-    keep = _rows(arguments.keep, "train", "keep", out) if arguments.keep else None
-    calibration, retention, unusable_kept, measured_kept = _calibration_and_retention(
-        keep, tokenizer, machine, data.get("thinking")
-    )
-    task, unusable_held_out = _task(rows, data, machine, tokenizer)
+    names, template = Names(), "chat" if tokenizer.chat_template else "alpaca"
+    kept = [
+        _kept(path, _rows(path, "train", "keep", out), template, data.get("thinking"), tokenizer, names)
+        for path in arguments.keep
+    ]
+    calibration, retention = _calibration_and_retention(kept, template, machine)
+    task, unusable_held_out = _task(rows, data, machine, tokenizer, names.of(arguments.data, "learned"))
+    unusable_kept = [row for each in kept for row in each.unusable]
     bad += [row for row in unusable_held_out if row.row not in {other.row for other in bad}]
     data |= {"on_bad_row": "skip"} if bad or unusable_kept else {}
-    windows = _window_lengths(calibration, tokenizer)
+    windows = _window_lengths(calibration, tokenizer, arguments.keep)
     calibration |= {"max_length": _max_length(windows, min(room, WINDOW)), "mode": "separate"}
     draft = Draft(
         name=out.stem,
@@ -241,6 +293,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
         training={"max_length": length},
         calibration=calibration,
         retention=retention,
+        bounded=[each.entry["answers"] for each in kept if each.entry and each.bounds] or [SHIPPED[0][0]],
         task=task,
     )
     _fit(draft, config, machine, size if model.dtype == "float32" else size // 2)
@@ -255,11 +308,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
         **({"measured": also} if task and (also := _also_learned(rows, task[0])) else {}),
         **({"left out": left_out} if (left_out := _what_is_left_out(bad, unusable_kept)) else {}),
         **draft.notes,
-        **(
-            {"budget": _what_a_budget_bounds(arguments.keep, measured_kept)}
-            if keep and measured_kept < BUDGET_ROWS
-            else {}
-        ),
+        **({"budget": told} if (told := _what_no_budget_bounds(kept, draft.bounded)) else {}),
     }
     return draft
 
@@ -378,38 +427,46 @@ def _adapter(config: Any, empty: Any) -> dict[str, Any]:
     return rank if len(wide) == len(widths) else rank | {"target_modules": list(wide)}
 
 
+def _kept(path: str, rows: Rows, template: str, thinking: str | None, tokenizer: Any, names: Names) -> Kept:
+    """Return how rows to keep are measured. Where no row that is held out can be asked, all are calibrated on."""
+    entry = _answers_entry(rows, template)
+    if entry is None or not rows.learned:
+        return Kept(path, rows)
+    found, unusable = _written(rows, entry | {"thinking": thinking}, tokenizer, after=rows.learned)
+    if not found:
+        rows.held_out = 0
+        return Kept(path, rows)
+    measured = {"answers": names.of(path, "kept"), **rows.keys(), **entry, "offset": rows.learned}
+    return Kept(path, rows, measured, len(found), unusable)
+
+
 def _calibration_and_retention(
-    keep: Rows | None, tokenizer: Any, machine: Machine, thinking: str | None
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[BadRow], int]:
-    """Return the sections `calibration` and `eval.retention`, and which held-out rows cannot be asked, and how many can.
-
-    They are what the user names, and the general mix beside it. Where no row can be asked, all are calibrated on.
-    """
+    kept: Sequence[Kept], template: str, machine: Machine
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the sections `calibration` and `eval.retention`: what the user names, and the general mix beside it."""
     samples, limit = (128, 32) if machine.on_cpu else (256, 64)
-    chat = "chat" if tokenizer.chat_template else "alpaca"
-    retention = [
-        {"answers": name, "path": path, "template": chat, **keys, "limit": limit} for name, path, keys in SHIPPED
+    shipped = [
+        {"answers": name, "path": path, "template": template, **keys, "limit": limit} for name, path, keys in SHIPPED
     ]
-    if keep is None:
-        return {"source": "general", "samples": samples}, retention, [], 0
-    entry = _answers_entry(keep, chat)
-    found: list[Example] = []
-    unusable: list[BadRow] = []
-    if entry and keep.learned:
-        found, unusable = _written(keep, entry | {"thinking": thinking}, tokenizer, after=keep.learned)
-        if not found:
-            keep.held_out = 0
-            unusable = []
-    own = keep.keys() | {"weight": 3} | ({"limit": keep.learned} if keep.learned else {})
-    if entry and keep.learned:
-        measured = {"answers": "kept", **keep.keys(), **entry, "offset": keep.learned}
-        first = len(found) >= BUDGET_ROWS  # of several, a budget takes the first
-        retention.insert(0 if first else len(retention), measured | {"limit": min(limit, keep.held_out)})
-    return {"sources": [own, {"source": "general", "weight": 1}], "samples": samples}, retention, unusable, len(found)
+    if not kept:
+        return {"source": "general", "samples": samples}, shipped
+    own = [
+        each.rows.keys() | {"weight": 3} | ({"limit": each.rows.learned} if each.rows.learned else {}) for each in kept
+    ]
+    first, last = (
+        [
+            each.entry | {"limit": min(limit, each.rows.held_out)}
+            for each in kept
+            if each.entry and each.bounds == bounds
+        ]
+        for bounds in (True, False)
+    )
+    sources = [*own, {"source": "general", "weight": len(kept)}]
+    return {"sources": sources, "samples": samples}, [*first, *shipped, *last]  # a budget takes the first
 
 
-def _window_lengths(calibration: dict[str, Any], tokenizer: Any) -> list[int]:
-    """Return how many tokens the texts to calibrate on have, of many rows the first, sorted.
+def _window_lengths(calibration: dict[str, Any], tokenizer: Any, given: Sequence[str]) -> list[int]:
+    """Return how many tokens the texts to calibrate on have, of many rows the first, sorted; `given` is what --keep names.
 
     Raises:
         UserError: a row without a text.
@@ -418,7 +475,12 @@ def _window_lengths(calibration: dict[str, Any], tokenizer: Any) -> list[int]:
     for source in section.sources:
         if source.path is not None:
             source.limit = min(source.limit or MAX_ROWS_READ, MAX_ROWS_READ)
-    texts = [text for source in calibration_sources(section, tokenizer) for text in source.texts or []]
+    try:
+        sources = calibration_sources(section, tokenizer)
+    except UserError as error:
+        named = re.sub(r"calibration\.sources\.(\d+)(\.path)?", lambda key: f"--keep {given[int(key[1])]}", str(error))
+        raise UserError(named) from None
+    texts = [text for source in sources for text in source.texts or []]
     return sorted(len(ids) for ids in tokenizer(texts)["input_ids"])
 
 
@@ -427,9 +489,14 @@ def _what_is_left_out(bad: Sequence[BadRow], unusable_kept: Sequence[BadRow]) ->
     return "; ".join(filter(None, [describe_bad_rows(bad), kept]))
 
 
-def _what_a_budget_bounds(keep: str, rows: int) -> str:
-    held_out = f"{rows} usable row{'s' if rows > 1 else ''}" if rows else "no usable row"
-    return f"--max-forgetting would bound the shipped facts: {keep} holds out {held_out}, and a budget needs {BUDGET_ROWS}"
+def _what_no_budget_bounds(kept: Sequence[Kept], bounded: Sequence[str]) -> str:
+    """Return what of the user's own has too few rows for a budget, and what one would bound instead; "" for nothing."""
+    few = []
+    for each in kept:
+        held_out = f"{each.asked} usable row{'s' if each.asked > 1 else ''}" if each.asked else "no usable row"
+        few += [] if each.bounds else [f"{each.path} holds out {held_out}"]
+    instead = f"bounds {', '.join(bounded)} alone" if len(few) < len(kept) else "would bound the shipped facts"
+    return f"--max-forgetting {instead}: {', '.join(few)}, and a budget needs {BUDGET_ROWS}" if few else ""
 
 
 def _answers_entry(rows: Rows, template: str) -> dict[str, Any] | None:
@@ -443,7 +510,7 @@ def _answers_entry(rows: Rows, template: str) -> dict[str, Any] | None:
 
 
 def _task(
-    rows: Rows, data: dict[str, Any], machine: Machine, tokenizer: Any
+    rows: Rows, data: dict[str, Any], machine: Machine, tokenizer: Any, name: str
 ) -> tuple[list[dict[str, Any]], list[BadRow]]:
     """Return the section `eval.task`, the rows that are held out, and which of these cannot be measured.
 
@@ -463,7 +530,7 @@ def _task(
         rows.held_out = 0
         return [], []
     limit = {"limit": 32} if machine.on_cpu and rows.held_out > 32 else {}
-    return [{kind: "learned", **rows.keys(), **entry, "offset": rows.learned, **limit}], bad
+    return [{kind: name, **rows.keys(), **entry, "offset": rows.learned, **limit}], bad
 
 
 def _also_learned(rows: Rows, entry: dict[str, Any]) -> str:
@@ -512,7 +579,7 @@ def _fit(draft: Draft, config: Any, machine: Machine, weights: int) -> None:
     draft.notes["memory"] = f"about {needed / GIB:.1f} GiB of {machine.memory / GIB:.1f} on {machine.name}{fits}"
     draft.notes["keep"] = f"{recipe.calibration.title}, {recipe.calibration.samples} windows of text" + (
         ""
-        if recipe.calibration.source or any(entry["answers"] == "kept" for entry in draft.retention)
+        if recipe.calibration.source or len(draft.retention) > len(SHIPPED)
         else "; no row of it is held out and measured"
     )
 
