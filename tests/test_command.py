@@ -82,7 +82,7 @@ def test_a_null_basis_lies_in_the_folder_and_serves_a_run(world, tmp_path, capsy
     plain = PeftModel.from_pretrained(base(world), tmp_path / "files" / "adapter").eval()
     assert (logits(plain) - logits(base(world))).abs().max() < 1e-4
     assert init(world, tmp_path / "v2", "--null-multiple", "2") == 2
-    assert "null_multiple: is of variant 'nb', this one is 'v2'" in capsys.readouterr().err
+    assert "error: --null-multiple: is of variant 'nb', this one is 'v2'" in capsys.readouterr().err
 
 
 def test_a_second_init_is_reused_from_the_cache(world, tmp_path, capsys):
@@ -111,14 +111,14 @@ SELF = ("--calibration", "self")  # for which the model would be loaded
     "words, line",
     [
         (["--rank", "33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows"),
-        (["--field", "qestion"], "no field 'qestion' (did you mean 'question'?)"),
+        (["--field", "qestion"], "--field: the data has no field 'qestion' (did you mean 'question'?)"),
         ([*SELF, "--rank", "33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows"),
-        ([*SELF, "--target-modules", "q_porj"], "target_modules: no module matches 'q_porj' (did you mean 'q_proj'?)"),
-        ([*SELF, "--null-energy", "0.9"], "null_energy: is of variant 'nb'"),
+        ([*SELF, "--target-modules", "q_porj"], "error: --target-modules: no module matches 'q_porj' (did you mean 'q_proj'?)"),
+        ([*SELF, "--null-energy", "0.9"], "error: --null-energy: is of variant 'nb'"),
         ([*SELF, "--device", "gpu"], "--device"),
         (["--residual"], "no option '--residual'"),
-        (["--samples", "0"], "calibration.samples: input should be greater than or equal to 1"),
-        (["--template", "{qestion}"], "no field 'qestion' (did you mean 'question'?)"),
+        (["--samples", "0"], "error: --samples: input should be greater than or equal to 1"),
+        (["--template", "{qestion}"], "error: --template: the data has no field 'qestion' (did you mean 'question'?)"),
         (["--template", "{question"], "a { without its partner"),
         (["--quantization", "nf4", "--low-memory"], "--quantization: not with --low-memory"),
         (["--device", "gpu"], "--device"),
@@ -126,8 +126,8 @@ SELF = ("--calibration", "self")  # for which the model would be loaded
         (["--samples", "1"], "at least 256 are needed"),
         (["--out", "{tmp}/file"], "--out: cannot write to"),
         (["--target-modules", ""], "--target-modules: No `target_modules` passed"),
-        (["--target-modules", "q_porj"], "target_modules: no module matches 'q_porj' (did you mean 'q_proj'?)"),
-        (["--target-modules", "("], "target_modules: a pattern is no regular expression (missing )"),
+        (["--target-modules", "q_porj"], "error: --target-modules: no module matches 'q_porj' (did you mean 'q_proj'?)"),
+        (["--target-modules", "("], "error: --target-modules: a pattern is no regular expression (missing )"),
         (["--calibration", "self", "--field", "text"], "calibration: 'field' goes with a path"),
     ],
 )

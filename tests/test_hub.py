@@ -55,7 +55,7 @@ COMMANDS = {
     "model": ("train {0}/tiny.yaml model.name_or_path=no/where", "model.name_or_path"),
     "data": ("train {0}/tiny.yaml data.path=no/where", "data.path"),
     "new": ("new --model no/where --data {0}/numbers.jsonl --out {0}/new.yaml", "--model"),
-    "init": ("init --model me/tiny --calibration no/where --rank 4 --out {0}/init", "calibration.path"),
+    "init": ("init --model me/tiny --calibration no/where --rank 4 --out {0}/init", "--calibration"),
     "cached": ("train {0}/tiny.yaml model.name_or_path=me/tiny --show-samples 1", None),
 }
 

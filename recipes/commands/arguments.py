@@ -31,7 +31,13 @@ KEYS_AS_OPTIONS = {
         **dict.fromkeys(("keep.path=", "keep.path"), "--keep"),
         "keep.split: ": "--keep: name one of its files; ",
     },
-    "init": {"model.name_or_path": "--model"},
+    "init": {
+        "model.name_or_path": "--model",
+        "calibration.path": "--calibration",
+        **{f"calibration.{key}": f"--{key}" for key in ("split", "field", "template", "samples", "mode")},
+        "calibration.max_length": "--max-length",
+        **{f"{key}: ": f"--{key.replace('_', '-')}: " for key in ("target_modules", "null_energy", "null_multiple")},
+    },
     **{
         command: {
             "model.name_or_path": "--base",
