@@ -123,15 +123,20 @@ class Job:
 
     def use_windows(self, windows: Windows) -> None:
         """Calibrate on these windows; raise a UserError for fewer tokens than a method's start can be computed from."""
-        if any(plan.gram_bytes for plan in self.plans):
+        if any(plan.gram_bytes for plan in self.plans) or self.repairs:
             windows.check_tokens()
         self.windows = windows
 
     @property
+    def repairs(self) -> bool:
+        """Whether each trained adapter is repaired until it keeps the budget."""
+        return self.recipe.budget is not None and self.recipe.budget.then == "repair"
+
+    @property
     def reads_texts(self) -> bool:
-        """Whether texts are calibrated on, or read while it trains; start and drift of `method.init` are those of its folder."""
+        """Whether texts are calibrated on, or read later; start and drift of `method.init` are those of its folder."""
         methods = (recipe_method(self.recipe, plan.name) for plan in self.plans)
-        return self.recipe.method.init is None or any(method.needs_texts for method in methods)
+        return self.recipe.method.init is None or self.repairs or any(method.needs_texts for method in methods)
 
     @property
     def eval_context(self) -> EvalContext:
@@ -342,11 +347,15 @@ def _plan_measures(job: Job) -> None:
     if counted and recipe.eval.backend == "vllm" and any(task.runs_on_engine for task in tasks):
         raise UserError(f"{counted}: measures the live model, and eval.backend is vllm; use hf")
     job.budget = plan_budget(recipe, tasks, job.probe)
+    if job.repairs and num_processes() > 1:
+        raise UserError(
+            "budget.then: repair works in one process; use scale, or lora-null repair RUN/METHOD afterward"
+        )
     for plan in job.plans if job.budget or recipe.eval.strengths else ():
         method = recipe_method(recipe, plan.name)
         check_strength(plan.name, adapter_config(recipe.method, method, plan.rank))
-        if job.budget and job.budget.then != "scale" and not method.can_stop_early:
-            raise UserError(f"budget.then: {plan.name} is as sparse as asked only at its end; use scale")
+        if job.budget and job.budget.then in ("stop", "rewind") and not method.can_stop_early:
+            raise UserError(f"budget.then: {plan.name} is as sparse as asked only at its end; use scale or repair")
     if recipe.eval.cache:
         job.base_key = caches.base_key(recipe, name, tasks, recipe.eval.limit)
         job.probe_key = job.probe and caches.base_key(recipe, name, job.probe.tasks, None)

@@ -27,7 +27,7 @@ from lora_null.recipes.config.run_folder import (
     whole_of,
 )
 from lora_null.recipes.config.schema import Recipe
-from lora_null.recipes.results import EVAL_FILE, RESULTS_FILE, ROW_FILE, load_results, validated
+from lora_null.recipes.results import EVAL_FILE, REPAIRED, RESULTS_FILE, ROW_FILE, load_results, validated
 from lora_null.recipes.trained import lost_of, weights_in
 from lora_null.trainer.checkpoints import last_checkpoint
 from lora_null.utils.distributed import all_gather, on_first_process
@@ -49,7 +49,6 @@ INPUTS_FILE = "inputs.json"  # hashes of what the recipe's paths hold
 METHOD_FILES = "method.files ({})"  # the name there of the files that a method of one's own is written in
 OF_METHOD = re.compile(r"method\.files \((?P<method>[^)]*)\)")  # with the task of a sequence or the settings of a grid
 ALL_METHOD_FILES = "method.files"  # the one name of all of them in runs of earlier versions
-REPAIRED = "{}-repaired"  # where `lora-null repair` leaves a method's adapter
 SHARED_SECONDS = 10.0
 MAX_LISTED = 3
 OWN_FILES = ("base", CELLS_FOLDER, TASKS_FOLDER, "report.md", PAGE_FILE, "forgetting.png", "magnitude.png", "card.png")

@@ -177,7 +177,7 @@ class Budget(Bound):
     @property
     def left_nothing(self) -> bool:
         """Whether what is saved is where the training began: the base, or what earlier tasks have made of it."""
-        return self.strength == 0 or self.step == 0
+        return self.weight is None and (self.strength == 0 or self.step == 0)
 
     def sentence(self) -> str:
         """Say how it was kept, and what was given up."""
@@ -539,9 +539,13 @@ DISPLAY = {
 }  # fmt: skip
 
 
+REPAIRED = "{}-repaired"  # the folder of a method's repaired adapter
+
+
 def display_name(method: str) -> str:
     """Return a method's name as papers write it; one that is not ours is left as it is."""
-    return DISPLAY.get(method, method)
+    trained = method.removesuffix(REPAIRED.format(""))
+    return DISPLAY.get(trained, trained) + (", repaired" if trained != method else "")
 
 
 def parse_results(raw: Any, where: str = RESULTS_FILE) -> Results:

@@ -45,14 +45,16 @@ from lora_null.recipes.environment import environment, free_memory, peak_memory_
 from lora_null.recipes.eval_tasks import templates_of
 from lora_null.recipes.job import Job, check_run, check_same_everywhere, inputs_of, space_of_run
 from lora_null.recipes.measure import budget_measurement, evaluate_base, evaluate_live, measure_strengths
-from lora_null.recipes.models.bases import attention, base_to_shard, load_base_after, weight_reader
+from lora_null.recipes.models.bases import attention, base_to_run, base_to_shard, load_base_after, weight_reader
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, recipe_method
 from lora_null.recipes.probes import probe_folder
+from lora_null.recipes.repairs import repair_within, rows_of_task, what_is_left_alone, write_repaired
 from lora_null.recipes.report import print_table, write_report
 from lora_null.recipes.report.dial import DIAL_FOLDER
 from lora_null.recipes.results import (
     EVAL_FILE,
     LOG_FILE,
+    REPAIRED,
     ROW_FILE,
     Drift,
     Magnitude,
@@ -70,6 +72,7 @@ from lora_null.recipes.training import TRAINERS, optimizer_steps, total_batch, t
 from lora_null.start import InitOptions
 from lora_null.store import REPORT_FILE, read_report
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullSFTTrainer
+from lora_null.trainer.calibration_data import padded_batches
 from lora_null.trainer.checkpoints import checkpoints_in, last_checkpoint
 from lora_null.trainer.methods.base import can_start_in_files
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_process, together
@@ -129,6 +132,10 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
             write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
         if after_row is not None:
             after_row(rows[-1])
+        if job.repairs and rows[-1].diverged is None:
+            rows.append(_repair_method(job, plan, rows[-1]))
+            write_run_card(job.folder / rows[-1].method, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
+            free_memory()
     results = _results(job, rows)
     evaluations = read_evaluations(job.folder, results, base=job.base) if is_first_process() else {}
     results.paired, results.noise = compare(results, evaluations), noise_of(evaluations)
@@ -174,6 +181,38 @@ def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
         if row.budget is not None:
             print(f"{plan.name}: {row.budget.sentence()}")
     PartialState().wait_for_everyone()
+    return row
+
+
+def _repair_method(job: Job, plan: MethodPlan, trained: Row) -> Row:
+    """Put beside a trained adapter its repair that keeps the budget, and evaluate that; a finished one is read back."""
+    name = REPAIRED.format(plan.name)
+    folder = job.folder / name
+    finished = read_row(folder)
+    if finished is not None and lost_of(folder, finished) is None:
+        return finished
+    adapter, pad = read_adapter(job.folder / plan.name / "adapter"), job.tokenizer.pad_token_id or 0
+    rows = rows_of_task(job.recipe, job.data.examples, job.tokenizer, job.max_length)
+    batches = [padded_batches(ids, pad) for ids in (job.windows.ids, rows)]
+    made, held, model = repair_within(job, base_to_run(job.recipe.model, job.model_name), adapter, *batches)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was killed after it had saved
+    with replacing_folder(folder / "adapter") as saved:
+        purpose = f"{what_is_left_alone(job.recipe.calibration)} and do what it does on its training rows"
+        write_repaired(saved, adapter, made, plan.name, purpose)
+        job.tokenizer.save_pretrained(saved)
+    found = evaluate_live(job, model, folder, base=False)
+    row = Row(
+        method=name,
+        rank=trained.rank,
+        trainable_params=trained.trainable_params,
+        adapter_params=trained.adapter_params,
+        metrics=found.metrics,
+        magnitude=_magnitude_of_saved(job, folder / "adapter"),
+        seconds=Seconds(eval=found.seconds),
+        budget=held,
+    )
+    write_row(folder, row)
+    print(f"{name}: {held.sentence()}")
     return row
 
 
@@ -269,17 +308,18 @@ def _magnitude(job: Job, plan: MethodPlan, trainer: AnyTrainer, model: Any) -> M
     """
     adapted = isinstance(model, PeftModel)
     goes_on = adapted and plan.saves == "adapter" and plan.name in job.previous
-    original = (
-        weight_reader(job.recipe.model, job.model_name) if is_first_process() and (goes_on or not adapted) else None
-    )
-    changes = {}
-    if not goes_on:
-        changes = weight_changes(trainer.method.layers(model), active_adapter(model), original)
-    elif original is not None:
-        saved = read_adapter(job.folder / plan.name / "adapter")
-        moved = {name: abs(saved.scaling(name)) * norm_of_product(*pair) for name, pair in saved.pairs().items()}
-        changes = {name: (size, float(original(name).double().norm())) for name, size in moved.items()}
+    original = weight_reader(job.recipe.model, job.model_name) if is_first_process() and not adapted else None
+    if goes_on:
+        return _magnitude_of_saved(job, job.folder / plan.name / "adapter") if is_first_process() else None
+    changes = weight_changes(trainer.method.layers(model), active_adapter(model), original)
     return Magnitude.of(changes) if is_first_process() else None
+
+
+def _magnitude_of_saved(job: Job, folder: Path) -> Magnitude | None:
+    """Return how far a saved adapter takes the weights of its layers from the original base's."""
+    saved, original = read_adapter(folder), weight_reader(job.recipe.model, job.model_name)
+    moved = {name: abs(saved.scaling(name)) * norm_of_product(*pair) for name, pair in saved.pairs().items()}
+    return Magnitude.of({name: (size, float(original(name).double().norm())) for name, size in moved.items()})
 
 
 def _save(job: Job, plan: MethodPlan, trainer: AnyTrainer, folder: Path) -> int | None:
@@ -370,7 +410,7 @@ def _add_probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
     section, folder_of_base = job.probe.section, probe_folder(job.base)
     options = job.eval_options | {"every": section.every, "share": section.share, "every_file": folder / PROBE_FILE}
     options |= {"tokenizer": job.tokenizer, "reference_dir": folder_of_base}
-    if job.budget is None:
+    if job.budget is None or job.repairs:
         probe = Probe(trainer, job.probe.tasks, **options)
     else:
         base = Evaluation.read(folder_of_base / EVAL_FILE)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import losses_over, random_batches, tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
@@ -383,6 +384,14 @@ def test_a_budgeted_run_that_is_broken_off_ends_in_the_same_bits(finished, tmp_p
     assert all(one[key] == other[key] for key in ("metrics", "budget", "drift"))
 
 
+def test_a_repair_works_in_one_process_and_on_one_task(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lora_null.recipes.job.num_processes", lambda: 2)
+    assert main([str(recipe(tmp_path)), "budget={at_most: 0.1, then: repair}"]) == 2
+    assert "budget.then: repair works in one process; use scale, or lora-null repair" in capsys.readouterr().err
+    with pytest.raises(UserError, match="repair is not for a sequence's tasks"):
+        load_recipe("sequence", ["budget={at_most: 0.1, then: repair}"])
+
+
 def test_a_state_in_which_a_warmup_has_moved_nothing_is_the_base_again(tmp_path):
     words = [str(recipe(tmp_path)), "budget={at_most: 0.0005, then: rewind}", "eval.probe.every=1", *WORDS]
     assert main([*words, "training.warmup_steps=2"]) == 0
@@ -414,7 +423,9 @@ def test_a_run_that_was_rewound_to_its_start_goes_on(tmp_path):
     [
         (["budget={at_most: 0}"], "budget.at_most: input should be greater than 0"),
         (["--max-forgetting", "little"], "budget.at_most: input should be a valid number"),
-        (["budget={at_most: 0.1, then: stopp}"], "'scale', 'stop' or 'rewind'"),
+        (["budget={at_most: 0.1, then: stopp}"], "'scale', 'stop', 'rewind' or 'repair'"),
+        (["budget={at_most: 0.1, then: repair}", "--seeds", "0,1"], "budget.then: repair is not for a grid's runs; lora-null repair"),
+        (["budget={at_most: 0.1, then: repair}", "--method", "full"], "full leaves no plain LoRA"),
         (["budget={at_most: 0.1, measure: fact kl}"], "the run has no 'fact kl' in eval.retention (did you mean 'facts kl'?)"),
         (["budget={at_most: 0.1, measure: [facts nll, facts kk]}"], "the run has no 'facts kk' in eval.retention (did you mean 'facts kl'?)"),
         (["budget={at_most: 0.1, measure: [facts kl, facts kl]}"], "budget.measure: names 'facts kl' twice"),
@@ -527,3 +538,40 @@ def test_the_probe_may_have_rows_of_its_own_and_common_ones_are_not_checked(tmp_
     assert main([str(path), *words]) == 0
     kept = row(tmp_path / "out")["budget"]
     assert kept["measure"] == measure and kept["n"] == left  # rows 31 to 40 of the whole set were probed
+
+
+def test_a_run_repairs_what_it_trained(tmp_path, capsys):
+    """Beside each adapter stands its repair, at the smallest weight that keeps the budget on rows that no probe used."""
+    words = [str(recipe(tmp_path)), "method.name=[lora,lora-null-v1]", "budget={at_most: 0.05, then: repair}", *WORDS]
+    words += ["training.learning_rate=2e-2"]
+    assert main(words) == 0
+    out, said = tmp_path / "out", capsys.readouterr().out
+    raw = json.loads((out / "results.json").read_text())
+    by_name = {row["method"]: row for row in raw["rows"]}
+    assert list(by_name) == ["base", "lora", "lora-repaired", "lora-null-v1", "lora-null-v1-repaired"]
+    for name in ("lora", "lora-null-v1"):
+        trained, repaired = by_name[name], by_name[f"{name}-repaired"]
+        held = repaired["budget"]
+        assert "budget" not in trained and trained["metrics"]["facts kl"]["value"] > 0.05
+        assert held["kept"] and held["value"] + held["stderr"] <= 0.05 and held["n"] == 28 and held["weight"] > 0
+        assert f"{name}-repaired: facts KL" in said and f"repaired at weight {held['weight']:.3g}" in said
+        model = PeftModel.from_pretrained(base(tmp_path), out / f"{name}-repaired" / "adapter")
+        facts = [json.loads(line) for line in (tmp_path / "facts.jsonl").read_text().splitlines()][:40]
+        pairs = [(f"Question: {fact['question']}\nAnswer:", f" {fact['answer'][0]}") for fact in facts]
+        task = AnswerTask("facts", pairs, kl=True, role="retention")
+        again = evaluate(model, tiny_tokenizer(), [task], reference_dir=out / "base").metrics["facts kl"].value
+        assert again == pytest.approx(repaired["metrics"]["facts kl"]["value"], rel=1e-3)
+        assert repaired["magnitude"]["total"] > 0 and repaired["adapter_params"] == trained["adapter_params"]
+        told = f"Repaired without training from the adapter {name}, at weight {held['weight']:.3g}, to leave "
+        with safe_open(out / f"{name}-repaired" / "adapter" / "adapter_model.safetensors", "pt") as file:
+            assert file.metadata()["repair"].startswith(told)
+    page = (out / "report.md").read_text()
+    assert "| LoRA, repaired |" in page and "LoRA-Null-v1, repaired: facts KL" in page
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/adapter/*.safetensors")}
+    for name in ("lora-null-v1-repaired/row.json", "results.json"):
+        (out / name).unlink()
+    assert main([*words, "--resume"]) == 0
+    changed = {path.parents[1].name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"lora-null-v1-repaired"}
+    again = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["metrics"] for row in again] == [row["metrics"] for row in raw["rows"]]

@@ -113,7 +113,10 @@ SELF = ("--calibration", "self")  # for which the model would be loaded
         (["--rank", "33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows"),
         (["--field", "qestion"], "--field: the data has no field 'qestion' (did you mean 'question'?)"),
         ([*SELF, "--rank", "33"], "r: 33 is larger than model.layers.0.self_attn.q_proj allows"),
-        ([*SELF, "--target-modules", "q_porj"], "error: --target-modules: no module matches 'q_porj' (did you mean 'q_proj'?)"),
+        (
+            [*SELF, "--target-modules", "q_porj"],
+            "error: --target-modules: no module matches 'q_porj' (did you mean 'q_proj'?)",
+        ),
         ([*SELF, "--null-energy", "0.9"], "error: --null-energy: is of variant 'nb'"),
         ([*SELF, "--device", "gpu"], "--device"),
         (["--residual"], "no option '--residual'"),
@@ -126,7 +129,10 @@ SELF = ("--calibration", "self")  # for which the model would be loaded
         (["--samples", "1"], "at least 256 are needed"),
         (["--out", "{tmp}/file"], "--out: cannot write to"),
         (["--target-modules", ""], "--target-modules: No `target_modules` passed"),
-        (["--target-modules", "q_porj"], "error: --target-modules: no module matches 'q_porj' (did you mean 'q_proj'?)"),
+        (
+            ["--target-modules", "q_porj"],
+            "error: --target-modules: no module matches 'q_porj' (did you mean 'q_proj'?)",
+        ),
         (["--target-modules", "("], "error: --target-modules: a pattern is no regular expression (missing )"),
         (["--calibration", "self", "--field", "text"], "calibration: 'field' goes with a path"),
     ],

@@ -22,8 +22,8 @@ from lora_null.adapters.saved import read_adapter
 from lora_null.recipes import caches, trained
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.commands import dial
-from lora_null.recipes.commands import repair as repair_command
 from lora_null.recipes.config.schema import CalibrationSection
+from lora_null.recipes.repairs import what_is_left_alone
 
 R, D_IN, D_OUT, WEIGHT = 2, 7, 5, 0.7
 
@@ -271,7 +271,7 @@ def test_a_runs_own_measure_is_taken(given, measure, monkeypatch):
 
 def test_all_sources_are_named_and_no_folder_of_this_machine():
     section = CalibrationSection.model_validate({"sources": ["general", "/home/me/a.jsonl", "/home/me/b.jsonl"]})
-    assert repair_command._titles(section) == "the general mix, a.jsonl, b.jsonl"
+    assert what_is_left_alone(section) == "to leave the general mix, a.jsonl, b.jsonl alone"
 
 
 def test_several_processes_are_refused(monkeypatch, capsys):

@@ -9,16 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-
-from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, state_of
 from lora_null.adapters.repair import Repair, repair
 from lora_null.adapters.saved import SavedAdapter
-from lora_null.layer import adapted_layers
 from lora_null.recipes import caches
-from lora_null.recipes.budget import repair_to_budget
-from lora_null.recipes.card import REPAIR_NOTE, shareable
+from lora_null.recipes.card import shareable
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.commands.dial import budget_job
 from lora_null.recipes.commands.export import copy_tokenizer
@@ -30,20 +24,18 @@ from lora_null.recipes.data.calibration import calibration_sources, window_args
 from lora_null.recipes.data.examples import Example, training_data
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.job import Job
-from lora_null.recipes.measure import budget_measurement, evaluate_base
+from lora_null.recipes.measure import evaluate_base
 from lora_null.recipes.models.bases import load_tokenizer
-from lora_null.recipes.output import REPAIRED, check_place
+from lora_null.recipes.output import check_place
+from lora_null.recipes.repairs import Batches, repair_within, rows_of_task, what_is_left_alone, write_repaired
+from lora_null.recipes.results import REPAIRED
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
-from lora_null.recipes.training import TRAINERS, trained_ids
+from lora_null.recipes.training import TRAINERS
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.utils.errors import UserError, starts_several
-from lora_null.utils.files import check_free, replacing_folder, write_json, write_safetensors
-
-Batches = list[dict[str, torch.Tensor]]
+from lora_null.utils.files import check_free, replacing_folder
 
 WEIGHT = 1.0  # where neither --weight nor --max-forgetting says another
-ROWS = 256  # of what was learned, of each task
-WEIGHTS = [0.0, *(10 ** (k / 2) for k in range(-6, 5))]  # among which --max-forgetting chooses; at 0 A' is A
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -63,16 +55,13 @@ def run(arguments: argparse.Namespace) -> None:
     recipes, adapter = _recipes_of(source), source.adapter
     with tempfile.TemporaryDirectory() as scratch:
         job = _budget_job(source, arguments, Path(scratch))
-        batches, told_of = _batches(source, recipes, arguments)
+        batches, purpose = _batches(source, recipes, arguments)
         if job is None:
             (found,) = repair(source.base.load(), adapter, *batches, weights=[arguments.weight or WEIGHT])
         else:
             found = _within_budget(job, source, adapter, batches)
     with replacing_folder(out / "adapter") as made:
-        note = f"Repaired without training from the adapter {source.method}, at weight {found.weight:.3g}, {told_of}."
-        metadata = adapter.metadata | ({REPAIR_NOTE: note} if found.weight else {})
-        write_safetensors(made / WEIGHTS_FILE, adapter.tensors | state_of(found.pairs), metadata)
-        write_json(made / CONFIG_FILE, adapter.config)
+        write_repaired(made, adapter, found, source.method, purpose)
         copy_tokenizer(source.folder, made)
     told = f"repaired at weight {found.weight:.3g}: {found.kept:.2%} of the square of its change is left on the texts to keep"
     told += "" if found.learned is None else f", {found.learned:.1%} on the task"
@@ -103,23 +92,14 @@ def _budget_job(source: Trained, arguments: argparse.Namespace, scratch: Path) -
 def _within_budget(job: Job, source: Trained, adapter: SavedAdapter, batches: list[Batches]) -> Repair:
     """Return the adapter repaired at the smallest weight that forgets no more than --max-forgetting; say what it gave up."""
     evaluate_base(job)
-    model = source.base.load()
-    found = {made.weight: made for made in repair(model, adapter, *batches, weights=WEIGHTS)}
-    model = PeftModel.from_pretrained(model, source.folder).eval()
-    layers = adapted_layers(model)
-
-    def apply(weight: float) -> None:
-        for name, (A, _) in found[weight].pairs.items():
-            layers[name].lora_A["default"].weight.data.copy_(A)
-
-    held = repair_to_budget(budget_measurement(job, model), WEIGHTS, apply)
+    found, held, _ = repair_within(job, source.base.load(), adapter, *batches)
     if not held.kept:
         raise UserError(
             f"--max-forgetting: no weight keeps {held.at_most:g}; at the largest, {held.weight:g}, {held.measure} is "
             f"{held.value:.2g}"
         )
     print(f"measured: {held.sentence()}")
-    return found[held.weight]
+    return found
 
 
 def _check_layers(source: Trained) -> None:
@@ -143,13 +123,17 @@ def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespa
         section = _calibration(source, recipes)
         beside = (rows()[0], recipes[0].data.template) if any(entry.self == "data" for entry in section.each) else ()
         keep = _windows(section, source, tokenizer, "keep", *beside)
-    told = f"to leave {_titles(section)} alone"
+    told = what_is_left_alone(section)
     if arguments.data is not None:
         section = _named(arguments.data, "--data")
         task = _windows(section, source, tokenizer, "task", option="--data")
-        told += f" and do what it does on {_titles(section)}"
+        told += f" and do what it does on {', '.join(shareable(source.title) for source in section.each)}"
     else:
-        task = [ids for recipe, examples in zip(recipes, rows()) for ids in _spread(recipe, examples, tokenizer)]
+        task = [
+            ids
+            for recipe, examples in zip(recipes, rows())
+            for ids in rows_of_task(recipe, examples, tokenizer, _max_length(recipe))
+        ]
         total = sum(map(len, rows()))
         spread = f"{len(task)} training rows" + (f", evenly spread over {total:,}" if len(task) < total else "")
         lacks = "none, all directions count alike; --data names what it was trained on, and more of that is left"
@@ -195,10 +179,6 @@ def _calibration(source: Trained, recipes: list[Recipe]) -> CalibrationSection:
     return section if section.seed is not None else section.model_copy(update={"seed": recipes[0].seed})
 
 
-def _titles(section: CalibrationSection) -> str:
-    return ", ".join(shareable(source.title) for source in section.each)
-
-
 def _windows(
     section: CalibrationSection,
     source: Trained,
@@ -234,10 +214,3 @@ def _training_rows(recipe: Recipe, tokenizer: Any) -> list[Example]:
 
 def _max_length(recipe: Recipe) -> int | None:
     return recipe.training.get("max_length", TRAINERS[recipe.trainer].config.max_length)
-
-
-def _spread(recipe: Recipe, examples: list[Example], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of training rows, evenly spread over all of them, cut as the recipe was trained on them."""
-    count = min(ROWS, len(examples))
-    chosen = [examples[i * len(examples) // count] for i in range(count)]
-    return trained_ids(recipe, chosen, tokenizer, _max_length(recipe))

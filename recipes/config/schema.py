@@ -707,10 +707,11 @@ class BudgetSection(Section):
         description="KL or rise of an NLL in nats per token, fall of an accuracy as a fraction; for each of several metrics, or [0.01, 0.05] "
         "in their order"
     )
-    then: Literal["scale", "stop", "rewind"] = Field(
+    then: Literal["scale", "stop", "rewind", "repair"] = Field(
         "scale",
         description="scale: train to the end, then take the largest strength that stays within the budget; stop: end the training where a "
-        "probe reaches it; rewind: the same, and go back to the last state within it",
+        "probe reaches it; rewind: the same, and go back to the last state within it; repair: train to the end, and put beside it "
+        "METHOD-repaired, the adapter repaired without training until it stays within the budget",
     )
 
     def times(self, part: float) -> BudgetSection:
@@ -948,6 +949,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_sections(self) -> Recipe:
+        if self.budget is not None and self.budget.then == "repair" and (self.grid or self.sequence):
+            of = "a grid's runs" if self.grid else "a sequence's tasks"
+            raise ValueError(
+                f"budget.then: repair is not for {of}; lora-null repair RUN/METHOD repairs them afterward"
+            )
         for key in self.grid.sweep:
             section, name = key.split(".")[:2]
             of_training = training_keys(self.trainer) - set(TOKENS)  # those are the model's
