@@ -33,6 +33,7 @@ from lora_null.recipes.budget import (
     scale_to_budget,
     within,
 )
+from lora_null.recipes.commands.report import results_so_far
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.results import Budget, Estimate, GivenUp
@@ -570,6 +571,7 @@ def test_a_run_repairs_what_it_trained(tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/adapter/*.safetensors")}
     for name in ("lora-null-v1-repaired/row.json", "results.json"):
         (out / name).unlink()
+    assert [row.method for row in results_so_far(out).rows] == [*by_name][:-1]
     assert main([*words, "--resume"]) == 0
     changed = {path.parents[1].name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"lora-null-v1-repaired"}

@@ -18,6 +18,7 @@ from lora_null.recipes.report import write_report
 from lora_null.recipes.results import (
     EVAL_FILE,
     LOG_FILE,
+    REPAIRED,
     RESULTS_FILE,
     Results,
     Row,
@@ -103,7 +104,7 @@ def results_so_far(folder: Path) -> Results:
         if found is None and (folder / name / LOG_FILE).is_file():
             step = max((entry["step"] for entry in load_log(folder / name / LOG_FILE).entries), default=0)
             found = Row(method=name, variant=f"not finished, at step {step:g}")
-        rows += [found] if found is not None else []
+        rows += [row for row in (found, read_row(folder / REPAIRED.format(name))) if row is not None]
     settings = raw.get("training", {}) | {"training_data": raw.get("data", {}).get("path")}
     return Results(
         recipe=raw.get("name") or folder.name,
