@@ -173,7 +173,7 @@ def test_several_things_to_keep(world, capsys):
     assert names == ["a new", "b", "facts", "prose", "code", "instructions", "few"]
     assert [entry.answers for entry in recipe.eval.task] == ["rows"]
     told = "--max-forgetting bounds a new, b alone: few.jsonl holds out 5 usable rows, and a budget needs 16\n"
-    budget = '--max-forgetting 0.01 "budget.measure=[a new kl, b kl]"'
+    budget = '--max-forgetting 0.01 budget.then=repair "budget.measure=[a new kl, b kl]"'
     assert told in said and f"lora-null train rows.yaml {budget}\n" in said and budget in text
     capsys.readouterr()
     assert main(["train", "rows.yaml", "--dry-run", *shlex.split(budget)]) == 0

@@ -211,7 +211,9 @@ class Draft:
     def budget(self) -> str:
         """The options that bound what is forgotten of what the user keeps."""
         several = ", ".join(f"{name} kl" for name in self.bounded)
-        return "--max-forgetting 0.01" + (f' "budget.measure=[{several}]"' if len(self.bounded) > 1 else "")
+        return "--max-forgetting 0.01 budget.then=repair" + (
+            f' "budget.measure=[{several}]"' if len(self.bounded) > 1 else ""
+        )
 
     def _kept_comment(self, source: Any) -> str:
         if not isinstance(source, dict) or "limit" not in source:
