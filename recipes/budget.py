@@ -25,7 +25,7 @@ from lora_null.eval_harness import AnswerTask, Evaluation, LmEvalTask, Task
 from lora_null.eval_harness.probe import Point, Probe, rows_of
 from lora_null.eval_harness.statistics import DISCORDANT, is_mean_of_samples
 from lora_null.recipes.comparisons import paired_gain
-from lora_null.recipes.config.schema import ALL_ENTRIES, Recipe
+from lora_null.recipes.config.schema import ALL_ENTRIES, BudgetSection, Recipe
 from lora_null.recipes.probes import ProbePlan
 from lora_null.recipes.results import MIN_ROWS, Bound, Budget, Estimate, GivenUp, kind_of
 from lora_null.utils.distributed import is_first_process, on_first_process
@@ -89,9 +89,8 @@ def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) 
     section = recipe.budget
     if section is None or probe is None:
         return None
-    found, bounds = _find_measures(section.measure, tasks), []
-    allowed = section.at_most if isinstance(section.at_most, list) else [section.at_most] * len(found)
-    for (measure, task), at_most in zip(found.items(), allowed, strict=True):
+    bounds = []
+    for measure, (task, allowed) in bounded_metrics(section, tasks).items():
         if isinstance(task, LmEvalTask) and task.is_of_group(measure):
             raise UserError(
                 f"budget.measure: {measure!r} is a group's mean, without a value for each question; list its members instead"
@@ -101,7 +100,7 @@ def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) 
             raise UserError(
                 f"budget.measure: {measure!r} is not measured by eval.probe.retention, which has to follow it"
             )
-        bound = PlannedBound(measure, at_most, task, probe_task, frozenset(probe.rows.get(task.key, ())))
+        bound = PlannedBound(measure, allowed, task, probe_task, frozenset(probe.rows.get(task.key, ())))
         rows, probed = rows_of(task, recipe.eval.limit), rows_of(probe_task)
         if rows is not None:  # how many documents there are else is known when the base has been evaluated
             _check_rows(bound, len(rows), len(probed or ()))
@@ -109,8 +108,18 @@ def plan_budget(recipe: Recipe, tasks: Sequence[Task], probe: ProbePlan | None) 
     return BudgetPlan(section.then, bounds)
 
 
+def bounded_metrics(section: BudgetSection, tasks: Sequence[Task]) -> dict[str, tuple[Task, float]]:
+    """Return each metric that a budget bounds, with the task that measures it and what may be forgotten.
+
+    Raises:
+        UserError: nothing is to be kept, or a metric that is not measured.
+    """
+    most = section.at_most
+    found = _find_measures(list(most) if isinstance(most, dict) else section.measure, tasks)
+    return {name: (task, most[name] if isinstance(most, dict) else most) for name, task in found.items()}
+
+
 def _find_measures(wanted: str | Sequence[str] | None, tasks: Sequence[Task]) -> dict[str, Task]:
-    """Return each metric that is bounded, with the task that measures it."""
     kept = [task for task in tasks if task.role == "retention"]
     if not kept:
         raise UserError("budget: eval.retention is empty, nothing says what may not be forgotten")
@@ -119,9 +128,12 @@ def _find_measures(wanted: str | Sequence[str] | None, tasks: Sequence[Task]) ->
         return {task.all_metric_names[0]: task}
     if wanted == ALL_ENTRIES:
         return {task.all_metric_names[0]: task for task in kept}
-    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     by_name = {name: task for task in reversed(kept) for name in task.all_metric_names}
+    if isinstance(wanted, str):
+        wanted = [wanted] if wanted in by_name else [name.strip() for name in wanted.split(",")]
     for name in wanted:
+        if name == ALL_ENTRIES:
+            raise UserError(f"budget.measure: {ALL_ENTRIES} is every entry of eval.retention and stands alone")
         if name not in by_name:
             raise UserError(f"budget.measure: the run has no {name!r} in eval.retention{nearest(name, by_name)}")
         if wanted.count(name) > 1:
@@ -372,8 +384,12 @@ def scale_to_budget(measured: Measurement, strength: Strength, learned: Evaluati
         with strength.at(value):
             return measured.keeps_on_probe()
 
+    checks = []
     strength.set(largest_strength(keeps_at))
-    checks = [measured.check_rest()]
+    if not strength.value:  # which metric left nothing is seen where there is still something
+        with strength.at(MIN_STRENGTH):
+            checks.append(measured.check_rest())
+    checks.append(measured.check_rest())
     while not checks[-1][0].kept and strength.value:
         # Forgetting grows about as the square of a small change: aim just below, and check again.
         used = checks[-1][0].used
@@ -421,7 +437,9 @@ def _held(measured: Measurement, before: Evaluation | None, checks: list[list[Bo
     """
     after = measured.learned_on_probe()
     beyond = {bound.measure: bound.value for bound in checks[0] if not bound.kept} if len(checks) > 1 else {}
-    tightest, *others = (bound.model_copy(update={"first_check": beyond.get(bound.measure)}) for bound in checks[-1])
+    order = [bound.measure for bound in checks[0]]
+    last = sorted(checks[-1], key=lambda bound: (bound.kept, -bound.used, order.index(bound.measure)))
+    tightest, *others = (bound.model_copy(update={"first_check": beyond.get(bound.measure)}) for bound in last)
     return Budget(
         **tightest.model_dump(),
         others=others,

@@ -142,11 +142,11 @@ class Bound(BaseModel):
         """The share of what is allowed that is forgotten, the standard error counted as forgotten."""
         return Estimate(self.value, self.stderr).upper / self.at_most
 
-    def told(self) -> str:
+    def told(self, rows: str = "rows") -> str:
         """Say what is forgotten, and how much was allowed."""
         change = {"nll": "rise of ", "loss": "rise of ", "kl": "", "forgetting": ""}
         told = f"{change.get(kind_of(self.measure), 'fall of ')}{metric_title(self.measure)} "
-        told += f"{_amount(self.value, self.stderr, self.measure, self.unit)} on {self.n} rows that no probe used, "
+        told += f"{_amount(self.value, self.stderr, self.measure, self.unit)} on {self.n} {rows}, "
         return f"{told}at most {scale_of(self.unit) * self.at_most:g} allowed"
 
 
@@ -185,7 +185,7 @@ class Budget(Bound):
         how += [f"strength {self.strength:.3g}"] if self.strength != 1 else []
         how += [f"repaired at weight {self.weight:.3g}"] if self.weight else []
         bounds = (self, *self.others)
-        told = "; ".join(bound.told() for bound in bounds)
+        told = "; ".join([self.told("rows that no probe used"), *(bound.told() for bound in self.others)])
         told += f" ({', '.join(how)})" if how else " (nothing had to be given up)"
         first = " and ".join(
             f"{scale_of(bound.unit) * bound.first_check:.3g}"
@@ -195,7 +195,7 @@ class Budget(Bound):
         )
         if first:
             more = "strength was lowered" if self.weight is None else "weight was raised"
-            told += f"; these rows first gave {first}, so the {more} once more"
+            told += f"; these rows first gave {first}, too much with the error, so the {more} once more"
         # `export` and `repair` change what a run has saved, and know of no training.
         now, before = ("as saved", "where training ended") if self.steps else ("at this strength", "at strength 1")
         now, before = (now, before) if self.weight is None else ("repaired", "before")

@@ -453,7 +453,7 @@ def _settings(job: Job) -> dict[str, Any]:
         **{f"optimizer_steps_of_{name}": count for name, count in steps.items() if training.max_steps <= 0},
         "weight_decay": training.weight_decay,
         "batch": batch,
-        "budget": f"at most {', '.join(allowed)}, {job.budget.then}" if job.budget else None,
+        "budget": f"at most {' and '.join(allowed)}, {job.budget.then}" if job.budget else None,
         "max_length": training.max_length,
         "training_rows": rows,
         "rows_left_out": describe_bad_rows(job.data.bad) or None,

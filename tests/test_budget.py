@@ -430,10 +430,12 @@ def test_a_run_that_was_rewound_to_its_start_goes_on(tmp_path):
         (["budget={at_most: 0.1, measure: fact kl}"], "the run has no 'fact kl' in eval.retention (did you mean 'facts kl'?)"),
         (["budget={at_most: 0.1, measure: [facts nll, facts kk]}"], "the run has no 'facts kk' in eval.retention (did you mean 'facts kl'?)"),
         (["budget={at_most: 0.1, measure: [facts kl, facts kl]}"], "budget.measure: names 'facts kl' twice"),
-        (["budget={at_most: [0.1, 0], measure: [facts kl, facts nll]}"], "budget.at_most.1: input should be greater than 0"),
-        (["budget.measure=[facts kl, facts nll]", "--max-forgetting", "0.1,0.2,0.3"], "budget.at_most: is a list of 3 where budget.measure names 2"),
-        (["--max-forgetting", "0.1,0.2"], "budget.at_most: is a list of 2 where budget.measure names 0"),
-        (["budget={at_most: [0.1], measure: all}"], "budget.at_most: is a list of 1 where budget.measure names 0"),
+        (["budget={at_most: {facts kl: 0.1, facts nll: 0}}"], "budget.at_most.facts nll: input should be greater than 0"),
+        (["budget={at_most: 0.1, measure: 'facts kl,facts nl'}"], "the run has no 'facts nl' in eval.retention (did you mean 'facts nll'?)"),
+        (["budget={at_most: 0.1, measure: [all, facts kl]}"], "budget.measure: all is every entry of eval.retention and stands alone"),
+        (["budget.measure=facts kl", "--max-forgetting", "facts kl=0.1,facts nll=0.2"], "budget.at_most: names the metrics already, as budget.measure does"),
+        (["--max-forgetting", "facts kl=0.1,0.2"], "--max-forgetting: 'facts kl=0.1,0.2' is no number, nor one for each of several metrics, as"),
+        (["--max-forgetting", "facts kl=0.1,facts kl=0.2"], "is no number, nor one for each of several metrics"),
         (["budget={at_most: 0.1, measure: numbers nll}"], "the run has no 'numbers nll' in eval.retention"),
         (["--max-forgetting", "0.1", "eval.retention=[]"], "eval.retention is empty"),
         (["--max-forgetting", "0.1", "eval.before=false"], "counted from the base"),
@@ -464,8 +466,11 @@ def test_a_budget_is_shared_out_among_the_tasks_of_a_sequence():
         assert [(stage.budget.at_most, stage.budget.then) for stage in stages] == [
             (pytest.approx(0.3 * part), then) for part in (1 / 3, 2 / 3, 1)
         ]
-    (*_, last) = stages = stage_recipes(load_recipe("sequence", ["budget={at_most: [0.3, 0.6], measure: [a, b]}"]))
-    assert stages[0].budget.at_most == pytest.approx([0.1, 0.2]) and last.budget.at_most == [0.3, 0.6]
+    (*_, last) = stages = stage_recipes(load_recipe("sequence", ["budget={at_most: {a: 0.3, b: 0.6}}"]))
+    assert stages[0].budget.at_most == pytest.approx({"a": 0.1, "b": 0.2}) and last.budget.at_most == {
+        "a": 0.3,
+        "b": 0.6,
+    }
     assert [stage.budget for stage in stage_recipes(load_recipe("sequence"))] == [None] * 3
 
 
@@ -475,10 +480,13 @@ def test_a_run_keeps_every_bound(tmp_path, then):
     path, rows = recipe(tmp_path), [json.loads(line) for line in (tmp_path / "facts.jsonl").read_text().splitlines()]
     notes = write_rows(tmp_path / "notes.jsonl", rows[40:80])
     entries = f"[{{answers: facts, path: {tmp_path}/facts.jsonl, limit: 40}}, {{answers: notes, path: {notes}}}]"
-    words = [f"eval.retention={entries}", f"budget={{at_most: [4, 0.03], measure: all, then: {then}}}", *WORDS]
-    with pytest.raises(UserError, match="a list of 2 where"):
-        load_recipe(str(path), words)
-    words[1] = words[1].replace("all", "[facts kl, notes kl]")
+    words = [
+        f"eval.retention={entries}",
+        f"budget.then={then}",
+        "--max-forgetting",
+        "facts kl=4, notes kl=0.03",
+        *WORDS,
+    ]
     assert main([str(path), *words]) == 0
     found = row(tmp_path / "out")
     kept, (other,) = found["budget"], found["budget"]["others"]
@@ -486,7 +494,7 @@ def test_a_run_keeps_every_bound(tmp_path, then):
     assert kept["kept"] and kept["value"] + kept["stderr"] <= 0.03 and other["kept"] and other["n"] == 28
     assert kept["strength"] < 1 if then == "scale" else kept["reached"] and kept["step"] < kept["reached"]
     told = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["budget"]
-    assert told == f"at most 4 of facts kl, 0.03 of notes kl, {then}"
+    assert told == f"at most 4 of facts kl and 0.03 of notes kl, {then}"
     dry = [
         str(path),
         words[0],

@@ -83,6 +83,14 @@ def test_the_command_measures_the_same_without_the_base_once_more(world, tmp_pat
         sum(line.startswith("Strength ") for line in told.splitlines()) > 1 and "…" not in told
     )  # in as many tables as fit
     assert list(found) == [0.0, 0.5, 1.0, 1.25] and "strength 1.25 keeps" in told
+    half = before[0.5]["facts kl"]
+    words = ["--strengths", "1,0.5", "--out", str(tmp_path / "b"), "--max-forgetting", "9", "--max-forgetting"]
+    assert main(["dial", str(method), *words, f"facts nll=9,facts kl={half['value'] + half['stderr'] * 1.01}"]) == 0
+    said = capsys.readouterr()
+    assert "strength 0.5 keeps loss of facts NLL within 9 and KL to base on facts within" in said.out.replace(
+        "\n", " "
+    )
+    assert "--max-forgetting: is given twice, the last counts" in said.err
     for strength, metrics in before.items():
         for name, metric in metrics.items():
             assert found[strength][name]["value"] == pytest.approx(metric["value"], rel=1e-4, abs=1e-7)
@@ -231,8 +239,8 @@ def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
     )
     forgot = points(tmp_path)[1.0]["facts kl"]["value"]
     at_most = forgot / 4
-    words = ["--out", str(tmp_path / "a"), "--max-forgetting", f"{at_most},9", *files]
-    assert main(["export", str(world / "elsewhere"), *words, "--measure", "facts kl", "--measure", "facts nll"]) == 0
+    words = ["--out", str(tmp_path / "a"), "--max-forgetting", f"facts kl={at_most},facts nll=9", *files]
+    assert main(["export", str(world / "elsewhere"), *words]) == 0
     said = capsys.readouterr().out.replace("\n", " ")
     assert "rows that no probe used" in said and re.search("rise of facts NLL .* at most 9 allowed", said)
     given_up = r"given up: \S+ ± \S+ nats per token of numbers NLL \(\S+ at this strength, \S+ at strength 1\)"
@@ -300,10 +308,19 @@ def test_mistakes_are_told_before_a_model_loads(world, tmp_path, monkeypatch, ca
         (["--strength", "3"], "a strength is a number from 0"),
         (["--max-forgetting", "0"], "must be a number above 0"),
         (
-            ["--max-forgetting", "0.1,0.2", "--measure", "facts kl"],
-            "error: --max-forgetting: is a list of 2 where --measure names 1",
+            ["--max-forgetting", "facts kl=0.1", "--measure", "facts kl"],
+            "error: --max-forgetting: names the metrics already, as --measure does",
         ),
-        (["--max-forgetting", "0.1,0", "--measure", "facts kl"], "must be a number above 0"),
+        (["--max-forgetting", "facts kl=0.1,facts nll=0"], "must be a number above 0"),
+        (["--max-forgetting", "little"], "--max-forgetting: 'little' is no number, such as 0.01"),
+        (
+            ["--max-forgetting", "facts kl=1e-6,facts nll=9"],
+            "1e-06 leaves nothing of the adapter; at the smallest strength facts kl",
+        ),
+        (
+            ["--max-forgetting", "facts nll=9,facts kl=1e-6"],
+            "1e-06 leaves nothing of the adapter; at the smallest strength facts kl",
+        ),
         (["--max-forgetting", "0.1", "--measure", "facts acc"], "the run has no 'facts acc'"),
         (["--max-forgetting", "1e-6"], "leaves nothing of the adapter"),
         (["--measure", "facts kl"], "--measure: is for what --max-forgetting measures; give that too"),
@@ -362,17 +379,19 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog, mon
     for point in shown.points:
         del point.metrics["b"]  # what is learned was not measured
     assert "only one side was measured" in dial_summary(shown)
-    assert "strength 0.5 keeps loss of a within 1 on the rows that it was chosen by: 0.500" in dial_summary(shown, 1.0)
+    assert "strength 0.5 keeps loss of a within 1 on the rows that it was chosen by: 0.500" in dial_summary(
+        shown, {"a": 1.0}
+    )
     few = shown.model_copy(deep=True)
     for point in few.points:
         point.metrics["a"] = replace(point.metrics["a"], n=7)
-    assert dial_summary(few, 1.0) == "loss of a was measured on 7 rows; a limit needs at least 8"
+    assert dial_summary(few, {"a": 1.0}) == "loss of a was measured on 7 rows; a limit needs at least 8"
     shares = {
         "a": Metric(0.5, 0.1, 8, True, "retention", "fraction"),
         "b": Metric(1.0, 0.1, 4, False, "task", "nats"),
     }
     lower = {"a": Metric(0.48, 0.1, 8, True, "retention", "fraction"), "b": shares["b"]}
-    said = dial_summary(dial_of([0.5], shares, lower), 0.5)
+    said = dial_summary(dial_of([0.5], shares, lower), {"a": 0.5})
     assert "keeps loss of a within 50 points on the rows that it was chosen by: 2.0" in said and "points" in said
     (tmp_path / "dial" / "dial.json").write_text("{}")
     with pytest.raises(UserError, match=r"dial\.json: method: Field required \(and 2 more\)"):

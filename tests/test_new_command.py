@@ -153,7 +153,8 @@ def test_what_to_keep(world):
     own, general = recipe.calibration.sources
     assert (own.path, own.weight, own.limit, general.source) == ("facts.jsonl", 3, 84, "general")
     kept = recipe.eval.retention[0]
-    name = "kept facts"  # what is shipped is called facts too
+    assert recipe.eval.retention[1].answers == "shipped facts"  # which gives way to the user's
+    name = "facts"
     assert (kept.answers, kept.path, kept.offset, kept.limit, kept.template) == (name, "facts.jsonl", 84, 16, "chat")
     assert (
         main(["train", "rows.yaml", "--max-forgetting", "0.01", "--dry-run"]) == 0
@@ -198,10 +199,10 @@ def test_what_a_budget_would_bound(world, capsys, rows, held_out):
     told = f"budget      --max-forgetting would bound the shipped facts: facts.jsonl holds out {held_out}, and a budget needs 16\n"
     assert (told in said) == (held_out is not None) == ("max-forgetting" in said)
     assert main(["train", "rows.yaml", "--max-forgetting", "0.01", "--dry-run"]) == 0
-    measure = "facts kl" if held_out or not rows else "kept facts kl"
+    measure = "shipped facts kl" if rows == 50 else "facts kl"
     assert f"budget      {measure} at most 0.01 on" in capsys.readouterr().out
     text = Path("rows.yaml").read_text()
-    assert ('# weight: share of the windows; the rows after limit are measured as "kept facts"\n' in text) == (
+    assert ('# weight: share of the windows; the rows after limit are measured as "facts"\n' in text) == (
         rows in (50, 64)
     )
     assert ("# weight: share of the windows\n" in text) == (rows == 39)
@@ -262,8 +263,8 @@ def test_rows_to_keep_that_cannot_be_asked(world, capsys, asked):
     recipe = make("--keep", "facts.jsonl")
     said = capsys.readouterr().out
     names = [entry.answers for entry in recipe.eval.retention]
-    assert ("kept facts" in names) == bool(asked) != ("no row of it is held out" in said)
-    assert names[0] == "facts"  # by one row no budget is kept
+    assert ("shipped facts" in names) == bool(asked) != ("no row of it is held out" in said)
+    assert names[0] == ("shipped facts" if asked else "facts")  # by one row no budget is kept
     usable = "1 usable row" if asked else "no usable row"
     assert f"bound the shipped facts: facts.jsonl holds out {usable}, and a budget needs 16\n" in said
     assert recipe.data.on_bad_row == ("skip" if asked else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +15,8 @@ from lora_null import __version__
 from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.mt_bench.judge import add_options
 from lora_null.recipes.config.load import shipped
-from lora_null.utils.errors import UserError, nearest
+from lora_null.recipes.config.schema import by_metric
+from lora_null.utils.errors import UserError, launched_index, nearest
 
 ALLOW, JAILED = "--allow-code-execution", "jailed"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -56,8 +58,24 @@ MAX_WEIGHT = 1e6  # of a repair
 STRENGTHS, MAX_STRENGTH = "0,0.2,0.4,0.6,0.8,1,1.25", 2.0
 
 
+class _Store(argparse._StoreAction):
+    """Stores an option's value, and says so where it is given twice and the last counts."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = vars(namespace).setdefault("given_options", set())
+        if option_string and self.dest in given and launched_index() == 0:
+            print(f"{option_string}: is given twice, the last counts", file=sys.stderr)
+        given.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that reports a mistake as every other mistake of a user is reported: in one line."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for name in (None, "store"):
+            self.register("action", name, _Store)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -253,16 +271,24 @@ def weight(text: str) -> float:
 
 def amount(text: str) -> float:
     """Return how much may be forgotten; raise an ArgumentTypeError for what is no number above 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, such as 0.01") from None
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {value}")
     return value
 
 
-def amounts(text: str) -> float | list[float]:
-    """Return how much may be forgotten: a number for every metric, or "0.01,0.05" for one each."""
-    first, *others = map(amount, text.split(","))
-    return [first, *others] if others else first
+def amounts(text: str) -> float | dict[str, float]:
+    """Return how much may be forgotten: a number for every metric, or metric → number for "NQ kl=0.01,notes kl=0.05"."""
+    try:
+        allowed = by_metric(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if isinstance(allowed, dict):
+        return {name: amount(number) for name, number in allowed.items()}
+    return amount(allowed)
 
 
 def _export(parser: Any) -> None:
@@ -338,7 +364,8 @@ def _dial(parser: Any) -> None:
     add = _adder(parser)
     about = f"factors by which ΔW is multiplied; 1 is the adapter as saved (default {STRENGTHS})"
     add("--strengths", type=strengths, default=STRENGTHS, metavar="S,S", help=about)
-    add("--max-forgetting", type=amount, metavar="X", help="say which of them forgets no more than X")
+    add("--max-forgetting", type=amounts, metavar="X", help="say which of them forgets no more than X")
+    add("--measure", action="append", metavar="NAME", help=MEASURE)
     _add_source(add)
     add("--out", type=Path, help="folder in which `dial` is written (default: RUN/METHOD)", complete=shtab.DIRECTORY)
     _add_questions(add)

@@ -15,7 +15,7 @@ from rich.console import Console
 from lora_null.adapters.strength import Strength
 from lora_null.eval_harness import Evaluation
 from lora_null.eval_harness.evaluation import package_versions
-from lora_null.recipes.budget import scale_to_budget
+from lora_null.recipes.budget import bounded_metrics, scale_to_budget
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE, is_of_run, whole_of
@@ -47,14 +47,15 @@ def run(arguments: argparse.Namespace) -> None:
     prepare_cpu()
     join_processes(_timeout_of_run(arguments.source.resolve()))
 
-    def check() -> tuple[Trained, Job]:
+    def check() -> tuple[Trained, Job, dict[str, float]]:
         source = find_trained(arguments.source, arguments.base, trust=arguments.trust_remote_code)
         check_adapter_fits(source)
         _check_kept(source, arguments)
         check_place(folder_for(source, arguments), "--out")
-        return source, job_for(source, arguments, folder_for(source, arguments))
+        job = job_for(source, arguments, folder_for(source, arguments))
+        return source, job, _allowed(source, arguments, job)
 
-    source, job = together(check)
+    source, job, allowed = together(check)
     out = folder_for(source, arguments)
     if job.base.parent == out:
         on_first_process(lambda: _make_anew(job.base))
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not is_first_process():
         return
     print_columns(dial_table(found), "Strength", Console())
-    print(dial_summary(found, arguments.max_forgetting))
+    print(dial_summary(found, allowed))
     print(f"written: {out}")
 
 
@@ -205,11 +206,31 @@ def _questions(source: Trained, arguments: argparse.Namespace) -> dict[str, Any]
 
 def budget_job(source: Trained, arguments: argparse.Namespace, scratch: Path) -> Job:
     """Return what measures an adapter against --max-forgetting and --measure, else its run's; otherwise as `job_for`."""
-    own = None if arguments.keep or arguments.learn else (source.recipe.get("budget") or {}).get("measure")
-    asked = arguments.measure
-    measure = own if not asked else asked if len(asked) > 1 else asked[0]
-    budget = {"at_most": arguments.max_forgetting, "measure": measure}
-    return job_for(source, arguments, scratch, parse_section(BudgetSection, "budget", budget).model_dump())
+    return job_for(source, arguments, scratch, _budget_asked(source, arguments).model_dump())
+
+
+def _allowed(source: Trained, arguments: argparse.Namespace, job: Job) -> dict[str, float]:
+    """Return metric → how much of it may be forgotten by --max-forgetting; nothing where that is not given."""
+    if arguments.max_forgetting is None:
+        if arguments.measure:
+            raise UserError("--measure: is for what --max-forgetting measures; give that too")
+        return {}
+    return {name: most for name, (_, most) in bounded_metrics(_budget_asked(source, arguments), job.tasks).items()}
+
+
+def _budget_asked(source: Trained, arguments: argparse.Namespace) -> BudgetSection:
+    budget = {"at_most": arguments.max_forgetting, "measure": _measure_asked(source, arguments)}
+    return parse_section(BudgetSection, "budget", budget)
+
+
+def _measure_asked(source: Trained, arguments: argparse.Namespace) -> str | list[str] | None:
+    """Return the metrics that --measure names, else those of the run's own budget; None where nothing names them."""
+    if arguments.measure:
+        return arguments.measure if len(arguments.measure) > 1 else arguments.measure[0]
+    if isinstance(arguments.max_forgetting, dict) or arguments.keep or arguments.learn:
+        return None
+    own = source.recipe.get("budget") or {}
+    return list(own["at_most"]) if isinstance(own.get("at_most"), dict) else own.get("measure")
 
 
 def strength_within(source: Trained, arguments: argparse.Namespace, scratch: Path) -> tuple[float, str]:

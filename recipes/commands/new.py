@@ -135,10 +135,10 @@ class Rows:
 
 
 class Names:
-    """The names of what is measured: after its file, with "kept" or "learned" in front where another one is called so."""
+    """The names of what is measured: after its file, with its role in front where another one is called so."""
 
     def __init__(self) -> None:
-        self.taken = {name for name, _, _ in SHIPPED}
+        self.taken: set[str] = set()
 
     def of(self, path: str, role: str) -> str:
         stem = re.sub(r"[^\w.-]+", " ", Path(path).resolve().stem).strip()
@@ -276,8 +276,8 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
         _kept(path, _rows(path, "train", "keep", out), template, data.get("thinking"), tokenizer, names)
         for path in arguments.keep
     ]
-    calibration, retention = _calibration_and_retention(kept, template, machine)
     task, unusable_held_out = _task(rows, data, machine, tokenizer, names.of(arguments.data, "learned"))
+    calibration, retention = _calibration_and_retention(kept, template, machine, names)
     unusable_kept = [row for each in kept for row in each.unusable]
     bad += [row for row in unusable_held_out if row.row not in {other.row for other in bad}]
     data |= {"on_bad_row": "skip"} if bad or unusable_kept else {}
@@ -295,7 +295,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
         training={"max_length": length},
         calibration=calibration,
         retention=retention,
-        bounded=[each.entry["answers"] for each in kept if each.entry and each.bounds] or [SHIPPED[0][0]],
+        bounded=[each.entry["answers"] for each in kept if each.entry and each.bounds] or [retention[0]["answers"]],
         task=task,
     )
     _fit(draft, config, machine, size if model.dtype == "float32" else size // 2)
@@ -443,12 +443,13 @@ def _kept(path: str, rows: Rows, template: str, thinking: str | None, tokenizer:
 
 
 def _calibration_and_retention(
-    kept: Sequence[Kept], template: str, machine: Machine
+    kept: Sequence[Kept], template: str, machine: Machine, names: Names
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the sections `calibration` and `eval.retention`: what the user names, and the general mix beside it."""
     samples, limit = (128, 32) if machine.on_cpu else (256, 64)
     shipped = [
-        {"answers": name, "path": path, "template": template, **keys, "limit": limit} for name, path, keys in SHIPPED
+        {"answers": names.of(name, "shipped"), "path": path, "template": template, **keys, "limit": limit}
+        for name, path, keys in SHIPPED
     ]
     if not kept:
         return {"source": "general", "samples": samples}, shipped

@@ -18,6 +18,7 @@ from lora_null.recipes.config.schema import (
     CalibrationSource,
     GridSection,
     Recipe,
+    by_metric,
     calibration_entry,
     is_text,
     parse_recipe,
@@ -269,6 +270,16 @@ def _drop_replaced_below(raw: Any, given: Mapping[str, Any]) -> None:
             drop_replaced(section, own)
 
 
+def _allowed(text: str, raw: dict[str, Any]) -> Any:
+    """Return what --max-forgetting says: of each metric, or one number, also for each that the recipe bounds by its name."""
+    try:
+        allowed = by_metric(text)
+    except ValueError as error:
+        raise UserError(f"--max-forgetting: {error}") from None
+    own = raw["budget"].get("at_most") if isinstance(raw.get("budget"), dict) else None
+    return dict.fromkeys(own, allowed) if isinstance(own, dict) and isinstance(allowed, str) else allowed
+
+
 def set_key(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Set `key.subkey` of a recipe, in place.
 
@@ -343,8 +354,7 @@ def load_recipe(
     given |= {} if methods is None else parse_overrides([f"method.name={methods}"])
     raw = apply_overrides(raw, given, "argument ", path.parent)
     if max_forgetting is not None:
-        several = max_forgetting.split(",")
-        set_key(raw, "budget.at_most", several if len(several) > 1 else max_forgetting, "--max-forgetting")
+        set_key(raw, "budget.at_most", _allowed(max_forgetting, raw), "--max-forgetting")
     _put_grid(raw, seeds, sweeps)
     _resolve_method_files(raw.get("method"), path.parent)
     recipe = parse_recipe(raw, path.stem)

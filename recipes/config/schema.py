@@ -689,10 +689,25 @@ class ProbeSection(Section):
 ALL_ENTRIES = "all"  # as a budget's measure: of every entry of eval.retention
 
 Amount = Annotated[float, Field(gt=0)]
-OneOrSeveralAmounts = Annotated[
-    Annotated[Amount, Tag("float")] | Annotated[list[Amount], Tag("list[]")],
-    Discriminator(lambda value: "list[]" if isinstance(value, list) else "float"),
+AmountOrAmounts = Annotated[
+    Annotated[Amount, Tag("float")] | Annotated[dict[str, Amount], Field(min_length=1), Tag("dict[]")],
+    Discriminator(lambda value: "dict[]" if isinstance(value, dict) else "float"),
 ]
+
+
+def by_metric(text: str) -> str | dict[str, str]:
+    """Return "NQ kl=0.01,notes kl=0.05" as metric → number, each as text; a text without "=" as it is.
+
+    Raises:
+        ValueError: a part without a metric, or a metric that is there twice.
+    """
+    if "=" not in text:
+        return text
+    parts = [[word.strip() for word in part.rpartition("=")[::2]] for part in text.split(",")]
+    found = {name: number for name, number in parts if name}
+    if len(found) < len(parts):
+        raise ValueError(f"{text!r} is no number, nor one for each of several metrics, as 'NQ kl=0.01,notes kl=0.05'")
+    return found
 
 
 class BudgetSection(Section):
@@ -703,9 +718,9 @@ class BudgetSection(Section):
         description="a metric of eval.retention, such as 'NQ kl', or several, such as [NQ kl, notes kl], or all: the first KL, else the first "
         "metric, of every entry; when not given its first KL, else the first metric of its first entry",
     )
-    at_most: OneOrSeveralAmounts = Field(
-        description="KL or rise of an NLL in nats per token, fall of an accuracy as a fraction; for each of several metrics, or [0.01, 0.05] "
-        "in their order"
+    at_most: AmountOrAmounts = Field(
+        description="KL or rise of an NLL in nats per token, fall of an accuracy as a fraction; of each metric of measure, or instead of it "
+        "{NQ kl: 0.01, notes kl: 0.05}"
     )
     then: Literal["scale", "stop", "rewind", "repair"] = Field(
         "scale",
@@ -717,20 +732,14 @@ class BudgetSection(Section):
     def times(self, part: float) -> BudgetSection:
         """Return the same budget with `part` times what it allows."""
         most = self.at_most
-        return self.model_copy(
-            update={"at_most": [part * one for one in most] if isinstance(most, list) else part * most}
-        )
+        scaled = {name: part * one for name, one in most.items()} if isinstance(most, dict) else part * most
+        return self.model_copy(update={"at_most": scaled})
 
     @field_validator("at_most")
     @classmethod
-    def _check_counts(cls, at_most: float | list[float], info: ValidationInfo) -> float | list[float]:
-        measure = info.data.get("measure")
-        named = measure if isinstance(measure, list) else [] if measure in (None, ALL_ENTRIES) else [measure]
-        if isinstance(at_most, list) and len(at_most) != len(named):
-            raise ValueError(
-                f"is a list of {len(at_most)} where budget.measure names {len(named)}; give one number, or one for each metric "
-                "by name"
-            )
+    def _name_metrics_once(cls, at_most: float | dict[str, float], info: ValidationInfo) -> float | dict[str, float]:
+        if isinstance(at_most, dict) and info.data.get("measure") is not None:
+            raise ValueError("names the metrics already, as budget.measure does; leave that out")
         return at_most
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from markupsafe import Markup
@@ -10,7 +11,7 @@ from pydantic import BaseModel, Field
 from lora_null.eval_harness import Metric
 from lora_null.recipes.report.drawing import colors_of, default_look, escape_math, png, sentence, svg
 from lora_null.recipes.report.figures import dial_figure
-from lora_null.recipes.report.headline import Measure, forgetting, learning
+from lora_null.recipes.report.headline import Measure, forgetting, forgetting_of, learning
 from lora_null.recipes.report.table import Table, build_table, escape_markdown
 from lora_null.recipes.results import MIN_ROWS, Paired, Results, Row, display_name, validated
 from lora_null.utils.files import read_json, replacing, write_json, write_text
@@ -135,28 +136,48 @@ def table_rows(dial: Dial) -> list[list[str]]:
     return [head, *([label, *(str(c.cells[i]) for c in table.columns)] for i, label in enumerate(table.labels))]
 
 
-def dial_summary(dial: Dial, at_most: float | None = None) -> str:
-    """Say in a sentence what the frontier shows: how much of the learning is left where less is forgotten."""
+def dial_summary(dial: Dial, allowed: Mapping[str, float] = {}) -> str:
+    """Say in a sentence what the frontier shows: how much of the learning is left where less is forgotten.
+
+    With `allowed`, metric → how much of it may be forgotten: the largest strength that was measured and keeps all of it.
+    """
     if len(dial.points) == 1:
         return "nothing but the base was measured"
     kept, learned = dial.measures()
-    if kept is None or (learned is None and at_most is None):
+    if allowed:
+        return _largest_within(dial, allowed, learned)
+    if kept is None or learned is None:
         return "only one side was measured: a frontier needs eval.retention and eval.task"
-    if at_most is not None and (fewest := min(kept.results.metric(name).n for name in kept.names)) < MIN_ROWS:
-        return f"{kept.title} was measured on {fewest} rows; a limit needs at least {MIN_ROWS}"
-    known = ((i, estimate) for i, estimate in enumerate(kept.estimates) if estimate and dial.points[i].strength)
-    inside = [i for i, estimate in known if at_most is not None and estimate.upper <= at_most]
-    bound = "" if at_most is None else f"{at_most * 100:g} points" if kept.unit == "points" else f"{at_most:g}"
-    if bound and not inside:
-        return f"no strength that was measured keeps {kept.title} within {bound}"
-    if inside:
-        best = max(inside, key=lambda i: dial.points[i].strength)
-        and_learned = f", {learned.title} {learned.text(best)}" if learned else ""
-        keeps = f"strength {dial.points[best].strength:g} keeps {kept.title} within {bound}"
-        return f"{keeps} on the rows that it was chosen by: {kept.text(best)}{and_learned}"
     lines = [
         f"{dial.points[i].strength:g}: {change:.0%} of the learning, {forgot:.0%} of the forgetting"
         for i, change, forgot in dial.shares()
     ]
     ends = dict.fromkeys((kept.text(1), kept.text(len(dial.points) - 1)))
     return "; ".join(lines) or f"{kept.title}: {' to '.join(ends)}"
+
+
+def _largest_within(dial: Dial, allowed: Mapping[str, float], learned: Measure | None) -> str:
+    results, strengths = dial.results(), [point.strength for point in dial.points]
+    bounds = [(forgetting_of(results, [name]), at_most) for name, at_most in allowed.items()]
+    for (name, _), (measure, _) in zip(allowed.items(), bounds):
+        if (rows := results.metric(name).n) < MIN_ROWS:
+            return f"{measure.title} was measured on {rows} rows; a limit needs at least {MIN_ROWS}"
+    within = [
+        f"{measure.title} within {at_most * 100:g} points"
+        if measure.unit == "points"
+        else f"{measure.title} within {at_most:g}"
+        for measure, at_most in bounds
+    ]
+    inside = [
+        i
+        for i, strength in enumerate(strengths)
+        if strength and all((e := measure.estimates[i]) and e.upper <= at_most for measure, at_most in bounds)
+    ]
+    if not inside:
+        return f"no strength that was measured keeps {' and '.join(within)}"
+    best = max(inside, key=lambda i: strengths[i])
+    values = [measure.text(best) for measure, _ in bounds] + (
+        [f"{learned.title} {learned.text(best)}"] if learned else []
+    )
+    keeps = f"strength {strengths[best]:g} keeps {' and '.join(within)}"
+    return f"{keeps} on the rows that it was chosen by: {', '.join(values)}"

@@ -132,29 +132,37 @@ class Verdict:
 
 def forgetting(results: Results) -> Measure | None:
     """KL to base where it was measured, else the mean loss of retention, else (no base) the mean retention."""
-    for name in results.directed_names("retention"):
-        if kind_of(name) == "kl":
-            on = metric_title(name.rpartition(" ")[0])
-            estimates = [row.estimate(name) for row in results.rows]
-            estimates[0] = estimates[0] or Estimate(0.0, 0.0)  # by definition
-            title = f"KL to base on {on}" if on else "KL to base"
-            return Measure(title, estimates, False, results.metric(name).unit, results, name, "forgetting")
+    kl = next((name for name in results.directed_names("retention") if kind_of(name) == "kl"), None)
+    if kl is not None:
+        return forgetting_of(results, [kl])
     names = averaged(results, "retention")
     if not names:
         return None
+    losses = forgetting_of(results, names)
+    if any(losses.estimates[1:]):
+        return losses
     first, several = results.metric(names[0]), len(names) > 1
     compared = MEANS["retention"] if several else names[0]
-    losses = [Estimate(0.0, 0.0), *(_loss(results, i, names, compared) for i in range(1, len(results.rows)))]
-    if any(losses[1:]):
-        title = "mean loss of retention" if several else f"loss of {metric_title(names[0])}"
-        unit = "points" if first.unit == "fraction" else first.unit
-        return Measure(
-            title, losses, False, unit, results, compared, "forgetting", sign_flipped=bool(first.higher_is_better)
-        )
     title = "mean retention" if several else metric_title(names[0])
     values = [mean_in(row, names) for row in results.rows]
     found = Measure(title, values, bool(first.higher_is_better), first.unit, results, compared, "forgetting")
     return found if any(values[1:]) else None
+
+
+def forgetting_of(results: Results, names: Sequence[str]) -> Measure:
+    """The KL of one metric, or the loss since the base of one, or the mean loss of several."""
+    first, several = results.metric(names[0]), len(names) > 1
+    if kind_of(names[0]) == "kl":
+        on = metric_title(names[0].rpartition(" ")[0])
+        estimates = [row.estimate(names[0]) for row in results.rows]
+        estimates[0] = estimates[0] or Estimate(0.0, 0.0)  # by definition
+        title = f"KL to base on {on}" if on else "KL to base"
+        return Measure(title, estimates, False, first.unit, results, names[0], "forgetting")
+    compared = MEANS["retention"] if several else names[0]
+    losses = [Estimate(0.0, 0.0), *(_loss(results, i, names, compared) for i in range(1, len(results.rows)))]
+    title = "mean loss of retention" if several else f"loss of {metric_title(names[0])}"
+    unit, flipped = "points" if first.unit == "fraction" else first.unit, bool(first.higher_is_better)
+    return Measure(title, losses, False, unit, results, compared, "forgetting", sign_flipped=flipped)
 
 
 def learning(results: Results) -> Measure | None:
