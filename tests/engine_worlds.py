@@ -4,6 +4,7 @@ accelerate (1.15) takes FSDP and DeepSpeed for GPUs alone and silently runs DDP 
 here; everything behind it, accelerate's `fsdp2_prepare_model`, torch's `fully_shard`, DeepSpeed's engine, is the real one.
 """
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -108,6 +109,7 @@ def _child(
     log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.enable()  # where each thread was, if a library aborts
     if engine:
         on_cpu(engine)
     status = run(words)

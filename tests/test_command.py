@@ -30,8 +30,10 @@ def world(tmp_path_factory):
 
 
 def init(world, out, *words):
-    common = ["init", "--model", str(world / "model"), "--calibration", str(world / "facts.jsonl"), "--out", str(out)]
-    return main([*common, "--dtype", "float32", "--rank", "4", "--max-length", "64", "--device", "cpu", *words])
+    usual = {"--model": world / "model", "--calibration": world / "facts.jsonl", "--out": out}
+    usual |= {"--dtype": "float32", "--rank": 4, "--max-length": 64, "--device": "cpu"}
+    given = (word for option, value in usual.items() if option not in words for word in (option, str(value)))
+    return main(["init", *given, *words])
 
 
 def test_v2_is_a_plain_adapter_that_changes_nothing_yet(world, tmp_path, capsys):
