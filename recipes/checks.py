@@ -201,16 +201,14 @@ def _share_rows(entry: Any, section: Any, most: int | None) -> bool:
     return max(first, start) < min(last, end)
 
 
-def check_answers_end(
-    recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, training: Any, data: TrainingData
-) -> None:
+def check_answers_end(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, data: TrainingData) -> None:
     """Check that an end token is among what is learned, as the trainer does once the model is loaded."""
     if recipe.trainer == "dpo" and recipe.data.template != CHAT and tokenizer.eos_token is None:
         raise UserError("model.eos_token: the tokenizer has no end token, which ends every response; name one")
     if recipe.preflight == "off":
         return
     rows = tokenize(data.examples[:CHECKED_ROWS], recipe.data.template, tokenizer)
-    cut = rows_cut_at(training)
+    cut = rows_cut_at(recipe)
     looked_at = [(row.ids[:cut], row.labels[:cut]) for row in rows]
     ends = _listed(tokenizer.eos_token_id)
     if not any(ends.intersection(labels) for _, labels in looked_at):  # else nothing is asked of a hub

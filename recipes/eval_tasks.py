@@ -39,7 +39,7 @@ from lora_null.recipes.data.examples import Example, Tokenized, leave_out, read_
 from lora_null.recipes.data.formats import askable, detect_format, question_and_answer
 from lora_null.recipes.data.rows import RowText, documents_of
 from lora_null.recipes.data.templates import CHAT, trimmed_prompt
-from lora_null.recipes.training import trained_part
+from lora_null.recipes.training import trained_part, training_value
 from lora_null.utils.errors import UserError
 
 # Keys that entries with rows share with `data`.
@@ -55,13 +55,11 @@ class EvalContext:
     Attributes:
         recipe: the recipe.
         tokenizer: the model's.
-        max_length: tokens of a training sequence; held-out pairs are cut alike.
         allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
     """
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
-    max_length: int | None = None
     allow_code_execution: bool | str = False
 
 
@@ -169,16 +167,17 @@ def _text_pair(example: Example, end: re.Pattern[str]) -> tuple[str, str]:
 
 def _preferences(entry: PreferencesEntry, role: Role, context: EvalContext) -> PreferenceTask:
     where = f"eval.{role}"
-    recipe, tokenizer, max_length = context.recipe, context.tokenizer, context.max_length
+    recipe, tokenizer = context.recipe, context.tokenizer
     keys = entry.model_dump(include=SHARED_KEYS | {"rejected"})
     keys |= recipe.data.model_dump(include={"template", "system", "thinking"})
     examples, bad = read_examples(DataSection(**keys), tokenizer, preferences=True, where=where)
     sides = [tokenize(examples, recipe.data.template, tokenizer, rejected=rejected) for rejected in (False, True)]
-    part = trained_part(recipe, max_length)
+    part = trained_part(recipe)
     chosen, rejected = ([_pair(tokens, part) for tokens in side] for side in sides)
     kept = [i for i, pair in enumerate(chosen) if pair and rejected[i]]
     lost = [examples[i].row for i in sorted({*range(len(examples))} - {*kept})]
-    bad = [*bad, *(BadRow(row, f"prompt longer than max_length ({max_length} tokens)") for row in lost)]
+    longest = training_value(recipe, "max_length")
+    bad = [*bad, *(BadRow(row, f"prompt longer than max_length ({longest} tokens)") for row in lost)]
     policy = entry.on_bad_row or recipe.data.on_bad_row
     leave_out(bad, len(kept) + len(bad), f"rows of {where}", policy, where=where)
     beta = entry.beta or recipe.training.get("beta", DPOConfig.beta)

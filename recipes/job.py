@@ -37,6 +37,7 @@ from lora_null.recipes.config.load import CONFIGURATION_KEYS, dump, without_fold
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, calibration_sources, cut_windows, window_args
 from lora_null.recipes.data.examples import TrainingData, tokenize
+from lora_null.recipes.environment import choose_precision
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks, probe_tasks
 from lora_null.recipes.models.bases import hub_commit, known_shape, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods, recipe_method
@@ -76,7 +77,6 @@ class Job:
         calibration_args: how windows are cut from these texts.
         windows: None until the model has written its own texts, and where none are read.
         tasks: of `eval.retention` and `eval.task`.
-        max_length: tokens of a training sequence; None where rows are not cut.
         allow_code_execution: whether tasks may run what the model writes; "unsafe": without a jail.
         base_key: cache key of the base's evaluation; None where `eval.cache` is false.
         reference_bytes: what the base's predictions will take on the disk.
@@ -105,7 +105,6 @@ class Job:
     calibration_args: CalibrationArgs = field(default_factory=CalibrationArgs)
     windows: Windows | None = None
     tasks: list[Task] = field(default_factory=list)
-    max_length: int | None = None
     allow_code_execution: bool | str = False
     base_key: str | None = None
     reference_bytes: int = 0
@@ -141,7 +140,7 @@ class Job:
     @property
     def eval_context(self) -> EvalContext:
         """What its evaluations are made from."""
-        return EvalContext(self.recipe, self.tokenizer, self.max_length, self.allow_code_execution)
+        return EvalContext(self.recipe, self.tokenizer, self.allow_code_execution)
 
     @property
     def eval_options(self) -> dict[str, Any]:
@@ -256,8 +255,8 @@ def inspect_recipe(
     plans = plan_methods(recipe, config)
     check_start(recipe, config, plans)
     folder = Path(recipe.output_dir)
-    options = {"max_length": training.max_length, "allow_code_execution": allow_code_execution}
-    job = Job(recipe, folder, name, plans, base or folder / "base", config, unreached=unreached, **options)
+    job = Job(recipe, folder, name, plans, base or folder / "base", config, unreached=unreached)
+    job.allow_code_execution = allow_code_execution
     if not unreached:
         job.tokenizer = reach(lambda: load_tokenizer(recipe.model, name))
     if job.tokenizer is None:  # without which no row, window or answer is read
@@ -275,7 +274,7 @@ def _read_inputs(job: Job, training: SFTConfig | DPOConfig, reach: Callable[[Cal
     `reach` computes what may lie on a hub, and returns None where that does not answer.
     """
     recipe, tokenizer, config = job.recipe, job.tokenizer, job.config
-    job.data = reach(lambda: read_training_data(recipe, tokenizer, training))
+    job.data = reach(lambda: read_training_data(recipe, tokenizer))
     examples = job.data.examples if job.data is not None else []
     sources = reach(lambda: calibration_sources(recipe.calibration, tokenizer, examples, recipe.data.template))
     tasks = reach(lambda: eval_tasks(job.eval_context)) or []
@@ -285,7 +284,7 @@ def _read_inputs(job: Job, training: SFTConfig | DPOConfig, reach: Callable[[Cal
     limit = position_limit(config)
     if job.data is not None:
         check_last_batch(training, job.data)
-        check_answers_end(recipe, job.model_name, tokenizer, training, job.data)
+        check_answers_end(recipe, job.model_name, tokenizer, job.data)
         if limit is not None and limit.hard:
             _check_rows(recipe, tokenizer, training, job.data, limit)
     for task in job.tasks if limit is not None else ():
@@ -307,8 +306,9 @@ def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | s
         allow_code_execution: whether tasks may run what the model writes.
     """
     name = resolve_name(recipe.model)
+    choose_precision(recipe)
     job = Job(recipe, base.parent, name, [], base, None, load_tokenizer(recipe.model, name))
-    job.max_length, job.allow_code_execution = training_arguments(recipe, base).max_length, allow_code_execution
+    job.allow_code_execution = allow_code_execution
     job.tasks = validate_tasks(eval_tasks(job.eval_context))
     _plan_measures(job)
     return job

@@ -30,13 +30,11 @@ ROWS = 256  # of what was learned, of each task
 WEIGHTS = [0.0, *(10 ** (k / 2) for k in range(-6, 5))]  # among which a budget chooses; at 0 A' is A
 
 
-def rows_of_task(
-    recipe: Recipe, examples: Sequence[Example], tokenizer: Any, max_length: int | None
-) -> list[list[int]]:
+def rows_of_task(recipe: Recipe, examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
     """Return the token ids of training rows, evenly spread over all of them, cut as the recipe is trained on them."""
     count = min(ROWS, len(examples))
     chosen = [examples[i * len(examples) // count] for i in range(count)]
-    return trained_ids(recipe, chosen, tokenizer, max_length)
+    return trained_ids(recipe, chosen, tokenizer)
 
 
 def repair_within(

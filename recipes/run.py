@@ -192,7 +192,7 @@ def _repair_method(job: Job, plan: MethodPlan, trained: Row) -> Row:
     if finished is not None and lost_of(folder, finished) is None:
         return finished
     adapter, pad = read_adapter(job.folder / plan.name / "adapter"), job.tokenizer.pad_token_id or 0
-    rows = rows_of_task(job.recipe, job.data.examples, job.tokenizer, job.max_length)
+    rows = rows_of_task(job.recipe, job.data.examples, job.tokenizer)
     batches = [padded_batches(ids, pad) for ids in (job.windows.ids, rows)]
     made, held, model = repair_within(job, base_to_run(job.recipe.model, job.model_name), adapter, *batches)
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was killed after it had saved

@@ -207,7 +207,7 @@ def _uses_grams(recipe: Recipe, name: str) -> bool:
 def training_ids(job: Job) -> list[list[int]]:
     """Return the token ids of a task's first training rows, as many as there are calibration windows."""
     examples = job.data.examples[: job.recipe.calibration.samples]
-    return trained_ids(job.recipe, examples, job.tokenizer, job.max_length)
+    return trained_ids(job.recipe, examples, job.tokenizer)
 
 
 def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:

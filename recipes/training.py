@@ -190,34 +190,32 @@ def optimizer_steps(training: SFTConfig | DPOConfig, rows: int | None) -> int | 
     return math.ceil(math.ceil(passes / training.gradient_accumulation_steps) * training.num_train_epochs)
 
 
-def cut_by_trainer(training: SFTConfig | DPOConfig) -> bool:
-    """Return whether the trainer shortens the rows itself, at their beginnings, or takes whole ones to pieces in packs."""
-    if getattr(training, "packing", False):
-        return training.packing_strategy != "bfd"  # which cuts each row at max_length as it is
-    return training.truncation_mode == "keep_end"
+def training_value(recipe: Recipe, key: str) -> Any:
+    """Return what a recipe says of `training`, else TRL's default; None for what its trainer does not have."""
+    return recipe.training.get(key, getattr(TRAINERS[recipe.trainer].config, key, None))
 
 
-def rows_cut_at(training: SFTConfig | DPOConfig) -> int | None:
-    """Return the tokens at which rows are cut before the trainer gets them; None where that is left to it."""
-    return None if cut_by_trainer(training) else training.max_length
+def trained_part(recipe: Recipe) -> slice:
+    """Return which tokens of a row are trained on: all where packs take whole rows to pieces; else see `kept_part`."""
+    packing = training_value(recipe, "packing")
+    if packing and training_value(recipe, "packing_strategy") != "bfd":  # which cuts each row at max_length as it is
+        return slice(None)
+    at_end = not packing and training_value(recipe, "truncation_mode") == "keep_end"
+    return kept_part(training_value(recipe, "max_length"), at_end=at_end)
 
 
-def trained_part(recipe: Recipe, max_length: int | None) -> slice:
-    """Return which tokens of a row are trained on where `max_length` are at most; see `kept_part`."""
-    return kept_part(max_length, at_end=recipe.training.get("truncation_mode") == "keep_end")
+def trained_ids(recipe: Recipe, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the token ids of rows, the part of each that is trained on; of one in several pieces the first."""
+    part, longest = trained_part(recipe), training_value(recipe, "max_length")
+    return [row.ids[part][:longest].tolist() for row in tokenize(examples, recipe.data.template, tokenizer)]
 
 
-def trained_ids(
-    recipe: Recipe, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> list[list[int]]:
-    """Return the token ids of rows, the part of each that is trained on."""
-    part = trained_part(recipe, max_length)
-    return [row.ids[part].tolist() for row in tokenize(examples, recipe.data.template, tokenizer)]
+def rows_cut_at(recipe: Recipe) -> int | None:
+    """Return the tokens at which rows are cut before the trainer gets them; None where it shortens them itself, or none."""
+    return trained_part(recipe).stop
 
 
-def read_training_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, training: SFTConfig | DPOConfig
-) -> TrainingData:
+def read_training_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
     """Return the checked training rows; print which were left out."""
     preferences = recipe.trainer == "dpo"
-    return training_data(recipe.data, tokenizer, preferences=preferences, max_length=rows_cut_at(training))
+    return training_data(recipe.data, tokenizer, preferences=preferences, max_length=rows_cut_at(recipe))

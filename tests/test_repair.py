@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,6 +141,22 @@ def test_the_command_repairs_what_a_run_trained(world, capsys, monkeypatch):
     monkeypatch.chdir(world)
     assert main(["repair", "out/lora", "--weight", "0.1", "--out", "out/lora-repaired-0.1"]) == 0
     assert "lora-null dial out/lora-repaired-0.1 --strengths 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"packing": True, "packing_strategy": "bfd_split", "max_length": 16}, []),  # which takes long rows to pieces
+        ({"fp16": True}, ["--max-forgetting", "1"]),  # on a machine that could not train so
+    ],
+)
+def test_a_run_is_repaired_however_it_was_trained(world, tmp_path, training, words, capsys):
+    run = shutil.copytree(world / "out", tmp_path / "out", ignore=shutil.ignore_patterns("lora-*"))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["training"] |= training
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["repair", str(run / "lora"), *words]) == 0
+    assert "task: 40 training rows\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

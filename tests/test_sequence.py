@@ -322,7 +322,6 @@ def test_grams_of_a_task_are_of_the_tokens_that_training_reads(finished, trainin
     recipe = load_recipe(str(finished / "a.yaml"))
     job = check_run(recipe)
     job.recipe.training |= training
-    job.max_length = training.get("max_length", job.max_length)
     whole = [tokens.ids.tolist() for tokens in tokenize(job.data.examples, recipe.data.template, job.tokenizer)]
     assert training_ids(job) == [ids[part] for ids in whole[: recipe.calibration.samples]] and max(map(len, whole)) > 4
 

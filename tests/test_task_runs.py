@@ -108,17 +108,17 @@ def test_held_out_preferences_are_written_as_those_of_training(tmp_path):
     long = [row | {"prompt": "say it " * 20}] * 6
     write_rows(tmp_path / "pairs.jsonl", [row] * 6 + long)
     with pytest.raises(UserError, match=r"6 of 12 rows cannot be used: 6 prompt longer than max_length \(64 tokens\)"):
-        eval_tasks(EvalContext(recipe, tokenizer, 64))
-    whole = held_out_of(recipe, tokenizer, None)
-    ended = recipe.model_copy(update={"training": recipe.training | {"truncation_mode": "keep_end"}})
+        held_out_of(recipe, tokenizer, max_length=64)
+    whole = held_out_of(recipe, tokenizer, max_length=None)
     for length, start in ((64, 64 - (len(whole.ids) - whole.start)), (3, 1)):
-        pair = held_out_of(ended, tokenizer, length)
+        pair = held_out_of(recipe, tokenizer, max_length=length, truncation_mode="keep_end")
         assert (pair.ids, pair.start) == (whole.ids[-length:], start)
 
 
-def held_out_of(recipe, tokenizer, max_length):
-    """The last chosen response of a recipe's one evaluation."""
-    (task,) = eval_tasks(EvalContext(recipe, tokenizer, max_length))
+def held_out_of(recipe, tokenizer, **training):
+    """The last chosen response of the one evaluation of a recipe that is trained so."""
+    recipe = recipe.model_copy(update={"training": recipe.training | training})
+    (task,) = eval_tasks(EvalContext(recipe, tokenizer))
     return task.chosen[-1]
 
 

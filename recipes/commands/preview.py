@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from itertools import groupby
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
-from trl import DPOConfig, SFTConfig
 
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.examples import Tokenized, tokenize
 from lora_null.recipes.models.bases import load_tokenizer, resolve_name
-from lora_null.recipes.training import cut_by_trainer, read_training_data, training_arguments
-from lora_null.trainer.calibration_data import kept_part
+from lora_null.recipes.training import read_training_data, trained_part
 from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
 
@@ -28,8 +25,7 @@ def show_samples(recipe: Recipe, count: int, console: Console | None = None, mos
     if count < 1:
         raise UserError(f"--show-samples: a whole number of at least 1, not {count}")
     tokenizer = load_tokenizer(recipe.model, resolve_name(recipe.model))
-    training = training_arguments(recipe, Path(recipe.output_dir))
-    examples = read_training_data(recipe, tokenizer, training).examples[:count]
+    examples = read_training_data(recipe, tokenizer).examples[:count]
     if not is_first_process():
         return
     console = console or Console(soft_wrap=True)
@@ -39,16 +35,9 @@ def show_samples(recipe: Recipe, count: int, console: Console | None = None, mos
     for side, rejected in sides.items():
         for example, tokens in zip(examples, tokenize(examples, recipe.data.template, tokenizer, rejected=rejected)):
             console.rule(f"row {example.row} {side}".strip())
-            text = colored(tokens, tokenizer, _kept(training, len(tokens.ids)), marked=not console.is_terminal)
+            kept = range(len(tokens.ids))[trained_part(recipe)]
+            text = colored(tokens, tokenizer, kept, marked=not console.is_terminal)
             console.print(text if most is None or len(text) <= most else text[:most].append(" …"))
-
-
-def _kept(training: SFTConfig | DPOConfig, length: int) -> range:
-    """Return which tokens of a row the trainer takes."""
-    by_trainer = cut_by_trainer(training)
-    if by_trainer and getattr(training, "packing", False):  # then the rest goes on in another pack
-        return range(length)
-    return range(length)[kept_part(training.max_length, at_end=by_trainer)]
 
 
 def colored(tokens: Tokenized, tokenizer: PreTrainedTokenizerBase, kept: range, *, marked: bool) -> Text:

@@ -21,7 +21,6 @@ from lora_null.recipes.config.run_folder import RECIPE_FILE, TASKS_FOLDER, whole
 from lora_null.recipes.config.schema import CalibrationSection, Recipe, calibration_entry, parse_recipe, parse_section
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.data.calibration import calibration_sources, window_args
-from lora_null.recipes.data.examples import Example, training_data
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.job import Job
 from lora_null.recipes.measure import evaluate_base
@@ -30,7 +29,7 @@ from lora_null.recipes.output import check_place
 from lora_null.recipes.repairs import Batches, repair_within, rows_of_task, what_is_left_alone, write_repaired
 from lora_null.recipes.results import REPAIRED
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
-from lora_null.recipes.training import TRAINERS
+from lora_null.recipes.training import read_training_data
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.utils.errors import UserError, starts_several
 from lora_null.utils.files import check_free, replacing_folder
@@ -115,7 +114,7 @@ def _check_layers(source: Trained) -> None:
 def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespace) -> tuple[list[Batches], str]:
     """Return the texts to keep, and what was learned (empty where nothing names it), and half a sentence about them."""
     tokenizer = load_tokenizer(source.base.section, source.base.name)
-    rows = functools.cache(lambda: [_training_rows(recipe, tokenizer) for recipe in recipes])
+    rows = functools.cache(lambda: [read_training_data(recipe, tokenizer).examples for recipe in recipes])
     if arguments.keep is not None:
         section = _named(arguments.keep, "--keep")
         keep = _windows(section, source, tokenizer, "keep", option="--keep")
@@ -129,11 +128,7 @@ def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespa
         task = _windows(section, source, tokenizer, "task", option="--data")
         told += f" and do what it does on {', '.join(shareable(source.title) for source in section.each)}"
     else:
-        task = [
-            ids
-            for recipe, examples in zip(recipes, rows())
-            for ids in rows_of_task(recipe, examples, tokenizer, _max_length(recipe))
-        ]
+        task = [ids for recipe, examples in zip(recipes, rows()) for ids in rows_of_task(recipe, examples, tokenizer)]
         total = sum(map(len, rows()))
         spread = f"{len(task)} training rows" + (f", evenly spread over {total:,}" if len(task) < total else "")
         lacks = "none, all directions count alike; --data names what it was trained on, and more of that is left"
@@ -203,14 +198,3 @@ def _windows(
     print(f"{label}: {'; '.join(windows.covered)}")
     windows.check_tokens()
     return windows.ids
-
-
-def _training_rows(recipe: Recipe, tokenizer: Any) -> list[Example]:
-    """Return the rows that the recipe trained on, without those that it left out."""
-    at_end = recipe.training.get("truncation_mode") == "keep_end"
-    cut = None if at_end else _max_length(recipe)
-    return training_data(recipe.data, tokenizer, preferences=recipe.trainer == "dpo", max_length=cut).examples
-
-
-def _max_length(recipe: Recipe) -> int | None:
-    return recipe.training.get("max_length", TRAINERS[recipe.trainer].config.max_length)
