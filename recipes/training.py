@@ -205,9 +205,13 @@ def trained_part(recipe: Recipe) -> slice:
 
 
 def trained_ids(recipe: Recipe, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the token ids of rows, the part of each that is trained on; of one in several pieces the first."""
+    """Return the token ids of rows, the part of each that is trained on; of one in several pieces the first.
+
+    Rows of which nothing that is learned is left are no training rows.
+    """
     part, longest = trained_part(recipe), training_value(recipe, "max_length")
-    return [row.ids[part][:longest].tolist() for row in tokenize(examples, recipe.data.template, tokenizer)]
+    rows = tokenize(examples, recipe.data.template, tokenizer)
+    return [row.ids[part][:longest].tolist() for row in rows if any(label != -100 for label in row.labels[part])]
 
 
 def rows_cut_at(recipe: Recipe) -> int | None:

@@ -144,19 +144,21 @@ def test_the_command_repairs_what_a_run_trained(world, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("training", "words"),
+    ("training", "words", "rows"),
     [
-        ({"packing": True, "packing_strategy": "bfd_split", "max_length": 16}, []),  # which takes long rows to pieces
-        ({"fp16": True}, ["--max-forgetting", "1"]),  # on a machine that could not train so
+        # Packs that take long rows to pieces, a machine that could not train so, rows of which no answer was left.
+        ({"packing": True, "packing_strategy": "bfd_split", "max_length": 16}, [], "40 training rows"),
+        ({"fp16": True}, ["--max-forgetting", "1"], "40 training rows"),
+        ({"max_length": 29}, [], "10 training rows, evenly spread over 40"),
     ],
 )
-def test_a_run_is_repaired_however_it_was_trained(world, tmp_path, training, words, capsys):
+def test_a_run_is_repaired_however_it_was_trained(world, tmp_path, training, words, rows, capsys):
     run = shutil.copytree(world / "out", tmp_path / "out", ignore=shutil.ignore_patterns("lora-*"))
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["training"] |= training
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["repair", str(run / "lora"), *words]) == 0
-    assert "task: 40 training rows\n" in capsys.readouterr().out
+    assert f"task: {rows}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

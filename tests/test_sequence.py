@@ -316,14 +316,26 @@ def test_the_whole_names_the_data_of_all_tasks(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "training, part", [({}, slice(1024)), ({"max_length": None}, slice(None)), ({"max_length": 4}, slice(4)), ({"max_length": 4, "truncation_mode": "keep_end"}, slice(-4, None))]
-)  # fmt: skip
+    "training, part",
+    [
+        ({}, slice(1024)),
+        ({"max_length": None}, slice(None)),
+        ({"max_length": 32}, slice(32)),
+        ({"max_length": 32, "truncation_mode": "keep_end"}, slice(-32, None)),
+        (
+            {"max_length": 32, "truncation_mode": "keep_end", "packing": True},
+            slice(32),
+        ),  # each row cut as it is packed
+    ],
+)
 def test_grams_of_a_task_are_of_the_tokens_that_training_reads(finished, training, part):
     recipe = load_recipe(str(finished / "a.yaml"))
     job = check_run(recipe)
     job.recipe.training |= training
     whole = [tokens.ids.tolist() for tokens in tokenize(job.data.examples, recipe.data.template, job.tokenizer)]
-    assert training_ids(job) == [ids[part] for ids in whole[: recipe.calibration.samples]] and max(map(len, whole)) > 4
+    assert (
+        training_ids(job) == [ids[part] for ids in whole[: recipe.calibration.samples]] and max(map(len, whole)) > 32
+    )
 
 
 def test_a_recipe_whose_path_holds_an_equals_sign(finished, tmp_path, capsys):

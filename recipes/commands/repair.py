@@ -21,6 +21,7 @@ from lora_null.recipes.config.run_folder import RECIPE_FILE, TASKS_FOLDER, whole
 from lora_null.recipes.config.schema import CalibrationSection, Recipe, calibration_entry, parse_recipe, parse_section
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.data.calibration import calibration_sources, window_args
+from lora_null.recipes.data.examples import Example, read_examples
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.job import Job
 from lora_null.recipes.measure import evaluate_base
@@ -114,7 +115,7 @@ def _check_layers(source: Trained) -> None:
 def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespace) -> tuple[list[Batches], str]:
     """Return the texts to keep, and what was learned (empty where nothing names it), and half a sentence about them."""
     tokenizer = load_tokenizer(source.base.section, source.base.name)
-    rows = functools.cache(lambda: [read_training_data(recipe, tokenizer).examples for recipe in recipes])
+    rows = functools.cache(lambda: [_training_rows(recipe, tokenizer) for recipe in recipes])
     if arguments.keep is not None:
         section = _named(arguments.keep, "--keep")
         keep = _windows(section, source, tokenizer, "keep", option="--keep")
@@ -198,3 +199,10 @@ def _windows(
     print(f"{label}: {'; '.join(windows.covered)}")
     windows.check_tokens()
     return windows.ids
+
+
+def _training_rows(recipe: Recipe, tokenizer: Any) -> list[Example]:
+    """Return the rows of a recipe: those that were trained on where the model wrote after them, else all, not tokenized."""
+    if any(entry.self == "data" for entry in recipe.calibration.each):
+        return read_training_data(recipe, tokenizer).examples
+    return read_examples(recipe.data, tokenizer, preferences=recipe.trainer == "dpo")[0]
