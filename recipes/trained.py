@@ -85,8 +85,9 @@ class Base:
             reason = first_line(error)
             raise UserError(f"--base: cannot fetch {self.name!r} ({reason}); --base also takes a folder") from None
 
+    @cached_property
     def empty(self) -> Any:
-        """Return the model without weights."""
+        """The model without weights."""
         return empty_model(self.config, self.section)
 
     def load(self, name: str | Path | None = None, dtype: str | None = None, *, quantized: bool = True) -> Any:
@@ -239,7 +240,7 @@ def check_adapter_fits(source: Trained) -> None:
     if adapter.config.get("use_dora"):
         raise UserError(f"{source.folder}: DoRA rescales whole weights, its change is not linear in a strength")
     adapter.pairs()  # refuses what is no A or B
-    empty = source.base.empty()
+    empty = source.base.empty
     if misfit := next(
         itertools.chain(check_modules(adapter, empty), check_copies(adapter, empty, source.base.folder)), None
     ):

@@ -252,12 +252,12 @@ def test_a_base_with_code_of_its_own(adapter, base, tmp_path, capsys, monkeypatc
         assert arguments.trust_remote_code
     assert main(["check", str(adapter), "--trust-remote-code"]) == 0
     assert "--trust-remote-code" in capsys.readouterr().out.partition("serve: ")[2]
-    assert find_trained(adapter, trust=True).base.empty()
+    assert find_trained(adapter, trust=True).base.empty
     adapter.rename((tmp_path / "run" / "lora").mkdir(parents=True) or tmp_path / "run" / "lora" / "adapter")
     recipe = {"model": {"name_or_path": str(own), "trust_remote_code": False}}
     (tmp_path / "run" / "recipe.yaml").write_text(MARK + json.dumps(recipe))
     assert main(["check", str(tmp_path / "run" / "lora")]) == 2
-    assert find_trained(tmp_path / "run" / "lora", trust=True).base.empty()
+    assert find_trained(tmp_path / "run" / "lora", trust=True).base.empty
     (tmp_path / "run" / "recipe.yaml").write_text(MARK + json.dumps(recipe).replace("false", "true"))
     assert main(["check", str(tmp_path / "run" / "lora")]) == 0
 

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     adapter = read_adapter(inner if inner.is_dir() else arguments.folder)
     base = base_of(adapter, arguments.base, trust=arguments.trust_remote_code)
     files = checkpoint_on_disk(base.name, base.section.revision)
-    findings = check_adapter(adapter, base.empty(), files)
+    findings = check_adapter(adapter, base.empty, files)
     for finding in findings:
         print(finding)
     if findings:

@@ -286,18 +286,17 @@ def _write_merged(export: Export, dtype: str | None) -> None:
     base = export.source.base
     folder = export.source.folder
     deltas = {}
-    empty = base.empty()
     if export.source.kind == "adapter":
         adapter = export.source.adapter
         _check_base(export, adapter.metadata)
         deltas = deltas_of(
             adapter.pairs(),
             lambda n: export.strength * adapter.scaling(n),
-            lambda n: isinstance(empty.get_submodule(n), Conv1D),
+            lambda n: isinstance(base.empty.get_submodule(n), Conv1D),
         )
         folder = base.folder
     wanted = getattr(torch, dtype or _stored_dtype(export)) if dtype or export.source.kind == "model" else None
-    untied = write_checkpoint(folder, export.folder, deltas, empty, dtype=wanted)
+    untied = write_checkpoint(folder, export.folder, deltas, base.empty, dtype=wanted)
     written = str(wanted or _stored_dtype(export)).removeprefix("torch.")
     # The base's own file, as other versions of transformers, and other programs, read it: only what changed is changed.
     config = read_json(base.folder / "config.json")
@@ -307,7 +306,7 @@ def _write_merged(export: Export, dtype: str | None) -> None:
     for part in parts:
         part |= {key: written for key in ("dtype", "torch_dtype") if key in part}
         part |= {"tie_word_embeddings": False} if untied and (part is config or "tie_word_embeddings" in part) else {}
-    config["architectures"] = config.get("architectures") or [type(empty).__name__]
+    config["architectures"] = config.get("architectures") or [type(base.empty).__name__]
     _copy_what_reads_it(export)
     if base.section.eos_token is not None:
         _end_with(export, config.get("text_config", config), load_tokenizer(base.section, base.name).eos_token_id)

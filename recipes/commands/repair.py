@@ -104,9 +104,9 @@ def _within_budget(job: Job, source: Trained, adapter: SavedAdapter, batches: li
 
 def _check_layers(source: Trained) -> None:
     """Raise a UserError for an adapter of the output layer, which no walk through the decoder layers reaches."""
-    model = source.base.empty()
-    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
-    if head in source.adapter.factors():
+    model = source.base.empty
+    changed, output = source.adapter.factors(), model.get_output_embeddings()
+    if head := next((name for name in changed if model.get_submodule(name) is output), None):
         raise UserError(
             f"{source.folder}: changes {head}, whose inputs are not measured; it can be scaled (export --strength)"
         )

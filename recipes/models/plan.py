@@ -178,12 +178,11 @@ def _plan_method(recipe: Recipe, model_config: Any, name: str) -> MethodPlan:
     check_rule(method, method.rule_for(InitOptions()))
     layers = method.layers(model)
     trainable = _count(model, method.trainable(model))
-    saved = sum(p.numel() for p in empty_model(model_config, recipe.model).parameters())
-    held = trainable
+    held = saved = trainable
     widest = None
-    if method.saves == "adapter" and not method.saves_plain_lora:
-        saved = trainable
-    elif method.saves == "adapter":
+    if method.saves == "model":
+        saved = sum(p.numel() for p in empty_model(model_config, recipe.model).parameters())
+    elif method.saves_plain_lora:
         held = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
         widest = method.saved_rank(max(layer.r["default"] for layer in layers.values()))
         if recipe.eval.backend == "vllm":
