@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -95,16 +95,22 @@ def keep_base(key: str, source: Path, found: Evaluation) -> None:
         keep_newest((path for path in bases_folder().iterdir() if path.name[0] != "."), MAX_BASES)
 
 
-def texts_writer(
-    section: ModelSection, name: str, tokenizer: PreTrainedTokenizerBase, cut: CalibrationArgs, cache: bool
-) -> Callable[[Source, int], list[str]]:
-    """Return a function that returns as many texts as are asked for; the base is loaded when the first is to be written.
+def written_windows(
+    section: ModelSection,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Source],
+    cut: CalibrationArgs,
+    cache: bool,
+) -> Windows:
+    """Return the windows of all sources, of those too whose texts the base writes; it is loaded for the first of these.
 
     Args:
         section: the recipe's model.
         name: its folder or hub id.
         tokenizer: its tokenizer.
-        cut: how long a text may be, and the seed.
+        sources: of the texts.
+        cut: how the windows are cut, and the seed.
         cache: take equal texts of an earlier run, and keep these.
     """
     base = functools.cache(lambda: base_to_run(section, name))
@@ -122,19 +128,7 @@ def texts_writer(
             on_first_process(lambda: _keep_texts(path, texts))
         return texts
 
-    return write
-
-
-def written_windows(
-    section: ModelSection,
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Sequence[Source],
-    cut: CalibrationArgs,
-    cache: bool,
-) -> Windows:
-    """Return the windows of all sources, of those too whose texts the base has to write; for the others see `texts_writer`."""
-    return cut_windows(sources, tokenizer, cut, texts_writer(section, name, tokenizer, cut, cache))
+    return cut_windows(sources, tokenizer, cut, write)
 
 
 def _texts_key(section: ModelSection, name: str, source: Source, count: int, cut: CalibrationArgs) -> str:

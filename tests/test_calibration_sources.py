@@ -416,8 +416,8 @@ class TestWhatTheModelWrites:
 
         def written(**changes):
             cache = changes.pop("cache", True)
-            cut = CalibrationArgs(**{"max_length": 24, "seed": 0} | changes)
-            return caches.texts_writer(section, section.name_or_path, tiny_tokenizer(), cut, cache)(source, 8)
+            cut = CalibrationArgs(**{"samples": 8, "max_length": 24, "seed": 0} | changes)
+            return caches.written_windows(section, section.name_or_path, tiny_tokenizer(), [source], cut, cache)
 
         first = written()
         monkeypatch.setattr(caches, "base_to_run", lambda *_: pytest.fail("the model was to write again"))

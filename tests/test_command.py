@@ -140,7 +140,7 @@ SELF = ("--calibration", "self")  # for which the model would be loaded
     ],
 )
 def test_mistakes_are_one_line(world, tmp_path, capsys, monkeypatch, words, line):
-    monkeypatch.setattr(caches, "texts_writer", lambda *_: pytest.fail("the model writes"))
+    monkeypatch.setattr(caches, "written_windows", lambda *_: pytest.fail("the model writes"))
     (tmp_path / "file").touch()
     assert (
         init(world, tmp_path / "out", *(word.format(tmp=tmp_path) if "tmp" in word else word for word in words)) == 2
