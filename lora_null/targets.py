@@ -28,7 +28,7 @@ from lora_null.residual import check_no_head, why_hooked
 from lora_null.solver import directions
 from lora_null.start import rule_of
 from lora_null.utils.distributed import get_logger
-from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.model_state import base_model_of
 from lora_null.utils.quantized import why_unreadable
 from lora_null.utils.sharding import is_sharded
@@ -78,6 +78,22 @@ def check_names(base: nn.Module, config: PeftConfig | None) -> None:
             raise UserError(f"layers_to_transform: there is no layer {number}, the last of {depth} is {depth - 1}")
 
 
+@contextlib.contextmanager
+def refusing_in_one_line() -> Iterator[None]:
+    """Turn PEFT's refusal of a target that is no linear, which may print a whole module, into a UserError of one line."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:  # the latter from PEFT's OFT
+        if kind := re.match(r"Target module (\w+)\(", str(error)):
+            raise UserError(f"target_modules: a {kind[1]} is no linear, PEFT puts no adapter on it") from None
+        if str(error).startswith("Cannot convert PEFT target"):
+            raise UserError(f"target_modules: {error}") from None
+        raise
+    except re.error as error:
+        raise UserError(f"target_modules: a pattern is no regular expression ({error})") from None
+
+
+@refusing_in_one_line()
 def check_named(model: nn.Module, targets: Any, key: str = "target_modules") -> None:
     """Raise a UserError for an entry of a list of modules that is the name of none: PEFT asks that one matches, or none.
 
@@ -232,30 +248,19 @@ def add_adapter(base: nn.Module, config: PeftConfig, **options: Any) -> PeftMode
 
     Raises:
         UserError: naming the target, fused experts among them, or the pattern.
-        ValueError: whatever else PEFT refuses.
     """
-    with refusing_in_one_line():
-        check_names(base, config)
-        model = get_peft_model(base, config, **options)
+    check_names(base, config)
+    try:
+        with refusing_in_one_line():
+            model = get_peft_model(base, config, **options)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"target_modules: {first_line(error)}") from None
     layers = adapted_layers(model, active_adapter(model))
     check_no_experts(base_model_of(model), layers)
     check_patterns(config, layers)
     return model
-
-
-@contextlib.contextmanager
-def refusing_in_one_line() -> Iterator[None]:
-    """Turn PEFT's refusal of experts as a target, which may print a whole module, into a UserError of one line."""
-    try:
-        yield
-    except ValueError as error:
-        if kind := re.match(r"Target module (\w+)\(", str(error)):
-            raise UserError(f"target_modules: a {kind[1]} is no linear, PEFT puts no adapter on it") from None
-        if str(error).startswith("Cannot convert PEFT target"):
-            raise UserError(f"target_modules: {error}") from None
-        raise
-    except re.error as error:
-        raise UserError(f"target_modules: a pattern is no regular expression ({error})") from None
 
 
 def warn_about_fused_experts(base: nn.Module) -> None:

@@ -99,6 +99,14 @@ CASES = [
     (["method.target_modules=q_proj,v_porj"], "no module matches 'v_porj' (did you mean 'v_proj'?)"),
     (["method.target_modules='('"], "method.target_modules: a pattern is no regular expression (missing )"),
     (
+        ["--method", "full", "method.target_modules='('"],
+        "target_modules: a pattern is no regular expression (missing )",
+    ),
+    (
+        ["--method", "oft", "method.target_modules=[mlp]"],
+        "method.target_modules: a LlamaMLP is no linear, PEFT puts no adapter on it",
+    ),
+    (
         ["method.rank_pattern={q_porj: 2}"],
         "method.rank_pattern: no adapted module matches 'q_porj' (did you mean",
     ),

@@ -122,7 +122,7 @@ def _check(section: ModelSection, config: LoraNullConfig, arguments: argparse.Na
     """Put the adapter on the model without weights, before the model itself is loaded to write texts; look for space."""
     shape = load_config(section, resolve_name(section))
     check_stored(section, shape)
-    wrapped = _adapted(empty_model(shape, section), config, low_cpu_mem_usage=True)
+    wrapped = add_adapter(empty_model(shape, section), copy.deepcopy(config), low_cpu_mem_usage=True)
     layers = adapted_layers(wrapped, "default")
     check_layers(wrapped, layers)
     size = sum(4 * factor.numel() for layer in layers.values() for factor in factors_of(layer))
@@ -134,13 +134,4 @@ def _model(section: ModelSection, arguments: argparse.Namespace, config: LoraNul
     name = resolve_name(section)
     base, weights = open_base(section, name) if arguments.low_memory else (load_base(section, name), None)
     with adapters_in_memory():
-        return _adapted(base, config), weights
-
-
-def _adapted(base: Any, config: LoraNullConfig, **options: Any) -> Any:
-    try:
-        return add_adapter(base, copy.deepcopy(config), **options)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"--target-modules: {first_line(error)}") from None
+        return add_adapter(base, copy.deepcopy(config)), weights

@@ -20,12 +20,12 @@ from lora_null.recipes.environment import is_under_deepspeed
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.start import InitOptions
-from lora_null.targets import add_adapter, check_not_bypassed, shape_of
+from lora_null.targets import add_adapter, check_not_bypassed
 from lora_null.trainer.decay import check_decay_to_start, check_optimizer
 from lora_null.trainer.methods import METHODS, Method, check_base, check_trainer, make_method
 from lora_null.trainer.methods.base import check_rule, distinct_inputs
 from lora_null.trainer.preflight import check_linears, check_targets
-from lora_null.utils.errors import UserError, first_line, nearest
+from lora_null.utils.errors import UserError
 
 GIB = 1024**3
 
@@ -223,7 +223,7 @@ def with_method(recipe: Recipe, model_config: Any, method: Method, rank: int | N
     except UserError as mistake:
         raise UserError(f"method.{mistake} ({method.name})") from None
     if config is not None:
-        model = _wrap(model, config, recipe.method)
+        model = _wrap(model, config)
     method.prepare(model)
     return model
 
@@ -232,21 +232,13 @@ def _count(model: PreTrainedModel, names: set[str]) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
 
 
-def _wrap(empty: PreTrainedModel, config: Any, section: MethodSection) -> PeftModel:
-    linears = {name.rpartition(".")[2] for name, module in empty.named_modules() if shape_of(module)}
+def _wrap(empty: PreTrainedModel, config: Any) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"The following \w+_pattern keys did not match")  # add_adapter says it
             return add_adapter(empty, config, low_cpu_mem_usage=True)
     except UserError as mistake:
         raise UserError(f"method.{mistake}") from None
-    except ValueError as error:
-        targets = section.target_modules
-        if "not found" in str(error) or "No modules" in str(error):
-            raise UserError(
-                f"method.target_modules: no module matches {targets!r}{nearest(str(targets), linears)}"
-            ) from None
-        raise UserError(f"method: {first_line(error)}") from None
 
 
 def _gram_bytes(layers: dict[str, LoraLayer]) -> int:
