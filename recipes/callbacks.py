@@ -20,12 +20,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.recipes.environment import free_memory
-from lora_null.recipes.launcher import end_with_launcher
 from lora_null.recipes.results import Row, load_log
 from lora_null.utils.distributed import is_first_process
-from lora_null.utils.errors import SIGTERM_STATUS
 from lora_null.utils.files import check_held, write_text
 from lora_null.utils.sharding import whole_parameters
+from lora_null.utils.startup import SIGTERM_STATUS, end_with_launcher
 
 LOGGED = {name: name for name in ("step", "loss", "learning_rate", "drift_mean", "drift_max")}  # Trainer's name → ours
 LOGGED |= {"num_tokens": "tokens", "rewards/accuracies": "reward_accuracy", "rewards/margins": "reward_margin"}

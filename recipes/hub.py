@@ -12,7 +12,8 @@ import datasets
 from huggingface_hub import constants, set_client_factory
 
 from lora_null.recipes.private_names import hub_client
-from lora_null.utils.errors import first_line, launched_index
+from lora_null.utils.errors import first_line
+from lora_null.utils.startup import launched_index
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_null.recipes.commands.arguments import Parser
-from lora_null.utils.errors import SIGTERM_STATUS, UserError, exit_status
+from lora_null.utils.errors import UserError
+from lora_null.utils.startup import SIGTERM_STATUS, exit_status
 
 CONFIGURATIONS = Path(__file__).parent / "accelerate"
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")

@@ -29,9 +29,10 @@ from torch.distributed import DistNetworkError
 from tqdm import tqdm
 
 from lora_null.recipes.environment import choose_device
-from lora_null.utils.errors import WORKER, WORKERS, UserError
+from lora_null.utils.errors import UserError
 from lora_null.utils.files import PART, locked, write_text
 from lora_null.utils.model_state import replaced
+from lora_null.utils.startup import WORKER, WORKERS
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 JOINED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # without which processes cannot meet

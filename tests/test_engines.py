@@ -32,7 +32,7 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.processes import join_processes
 from lora_null.recipes.training import training_arguments
 from lora_null.trainer.checkpoints import check_processes, record_processes
-from lora_null.utils.errors import exit_status
+from lora_null.utils.startup import exit_status
 
 METHODS = ("lora-null-v1", "nb-lora", "lora-null-v2", "full")
 FEWER = METHODS[:2]

@@ -53,8 +53,9 @@ from lora_null.recipes.results import (
     write_results,
     write_row,
 )
-from lora_null.utils.errors import WORKER, WORKERS, UserError
+from lora_null.utils.errors import UserError
 from lora_null.utils.files import remove_parts
+from lora_null.utils.startup import WORKER, WORKERS
 
 WORDS = ["--method", "lora,lora-null-v2,pissa", "--seeds", "0,1", "--sweep", "training.learning_rate=3e-3,1e-2"]
 WORDS += ["training.max_steps=2", "training.save_strategy=no"]

@@ -28,8 +28,9 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.output import check_output_folder
 from lora_null.recipes.results import Row, write_row
 from lora_null.trainer.checkpoints import BEGUN_FILE, is_whole, last_checkpoint, mark_complete, remove_old
-from lora_null.utils.errors import UserError, exit_status
+from lora_null.utils.errors import UserError
 from lora_null.utils.files import LOCK_FILE, locked, replacing, replacing_folder
+from lora_null.utils.startup import exit_status
 
 
 def test_killed_runs_end_as_an_unbroken_one(tmp_path):
@@ -137,7 +138,7 @@ def test_a_signal_after_the_last_step_is_not_said_to_have_saved_it(capsys):
 LAUNCHES = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"  # as accelerate does
 LAUNCHED = """
 import os, signal, sys, time
-from lora_null.recipes.launcher import end_with_launcher
+from lora_null.utils.startup import end_with_launcher
 signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
 end_with_launcher()
 {}

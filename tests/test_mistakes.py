@@ -16,7 +16,8 @@ from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.models import bases
 from lora_null.recipes.models.plan import MethodPlan, plan_methods
 from lora_null.recipes.sequence import check_stages
-from lora_null.utils.errors import UserError, exit_status
+from lora_null.utils.errors import UserError
+from lora_null.utils.startup import exit_status
 
 
 @pytest.fixture

@@ -250,7 +250,7 @@ def test_a_reader_that_leaves_changes_nothing(options, tmp_path):
     """As in `lora-null train … | head -1`: the command goes on, and its status is its own; any other pipe's end is told."""
     code = r"""
 import os, sys
-from lora_null.utils.errors import exit_status
+from lora_null.utils.startup import exit_status
 def command():
     sys.stdin.readline()  # until the readers have left
     print("more\n" * 9999, flush=True)
@@ -280,7 +280,7 @@ def test_a_log_on_a_full_disk_ends_no_command(options, tmp_path):
     """What is lost is told once on the other stream; where both are on that disk there is none."""
     code = r"""
 import sys
-from lora_null.utils.errors import exit_status
+from lora_null.utils.startup import exit_status
 def command():
     print("more\n" * 9999, flush=True)
     print("more", flush=True)

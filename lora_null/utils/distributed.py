@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lora_null.utils.errors import WORKERS, UserError
+from lora_null.utils.errors import UserError
+from lora_null.utils.startup import WORKERS
 
 MEET_SECONDS = 10  # between two meetings of the processes while one of them works
 

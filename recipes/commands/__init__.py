@@ -18,9 +18,8 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from lora_null.recipes.commands.arguments import ALLOW, JAILED, KEYS_AS_OPTIONS, NAMING, build_parser
-from lora_null.recipes.launcher import end_with_launcher
-from lora_null.utils.errors import SIGTERM_STATUS, UserError, exit_status, nearest
-from lora_null.utils.startup import quiet, uncollected
+from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.startup import SIGTERM_STATUS, end_with_launcher, exit_status, quiet, uncollected
 
 RAISED_AGAIN_AFTER = 0.1  # seconds
 

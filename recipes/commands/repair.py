@@ -32,8 +32,9 @@ from lora_null.recipes.results import REPAIRED
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
 from lora_null.recipes.training import read_training_data
 from lora_null.trainer.calibration_data import padded_batches
-from lora_null.utils.errors import UserError, starts_several
+from lora_null.utils.errors import UserError
 from lora_null.utils.files import check_free, replacing_folder
+from lora_null.utils.startup import starts_several
 
 WEIGHT = 1.0  # where neither --weight nor --max-forgetting says another
 

@@ -12,9 +12,8 @@ from lora_null.recipes.config.load import dump, load_recipe, shipped
 from lora_null.recipes.config.run_folder import RECIPE_FILE, resume_command
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.config.stages import join_recipes, stage_recipes
-from lora_null.recipes.launcher import end_with_launcher
-from lora_null.utils.errors import WORKERS, UserError, stdout_is_whole
-from lora_null.utils.startup import uncollected
+from lora_null.utils.errors import UserError
+from lora_null.utils.startup import WORKERS, end_with_launcher, stdout_is_whole, uncollected
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 

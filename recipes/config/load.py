@@ -26,7 +26,8 @@ from lora_null.recipes.config.schema import (
     split_names,
 )
 from lora_null.recipes.config.yaml_text import Dumper, parse_value, parse_yaml, yaml_reason
-from lora_null.utils.errors import UserError, launched_index, nearest
+from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.startup import launched_index
 
 logger = logging.getLogger(__name__)
 
