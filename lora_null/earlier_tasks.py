@@ -141,8 +141,6 @@ class Earlier:
         tokens = int(metadata["tokens"])
         if "lower" in tensors:
             return from_lower_triangle(tensors["lower"], device) / tokens
-        if "gram" in tensors:  # kept before, whole in float32
-            return tensors["gram"].to(device, torch.float64) / tokens
         factor = tensors["sketch"].to(device, torch.float64)
         return factor @ factor.T / tokens
 

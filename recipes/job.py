@@ -41,7 +41,7 @@ from lora_null.recipes.environment import choose_precision
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks, probe_tasks
 from lora_null.recipes.models.bases import hub_commit, known_shape, load_config, load_tokenizer, resolve_name
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods, recipe_method
-from lora_null.recipes.output import ALL_METHOD_FILES, METHOD_FILES
+from lora_null.recipes.output import METHOD_FILES
 from lora_null.recipes.probes import ProbePlan, plan_probes
 from lora_null.recipes.training import read_training_data, training_arguments
 from lora_null.store import find_initialization, read_report
@@ -214,7 +214,7 @@ def inputs_beside_the_base(job: Job) -> dict[str, str]:
     for name in job.recipe.method.name:
         if own := files_of(METHODS[name]):
             found[METHOD_FILES.format(name)] = hash_of(sorted(hashlib.sha256(x.read_bytes()).hexdigest() for x in own))
-    read = {ALL_METHOD_FILES: job.recipe.method.files, "eval.judge.prompts": [judge and judge.prompts]}
+    read = {"eval.judge.prompts": [judge and judge.prompts]}
     read |= {f"training.{key}": [job.recipe.training.get(key)] for key in CONFIGURATION_KEYS}
     for where, paths in read.items():
         files = [Path(path) for path in paths if isinstance(path, str) and os.path.isfile(path)]

@@ -48,7 +48,6 @@ PAGE_FILE, SKIPPED_FILE = "report.html", "rows_left_out.json"
 INPUTS_FILE = "inputs.json"  # hashes of what the recipe's paths hold
 METHOD_FILES = "method.files ({})"  # the name there of the files that a method of one's own is written in
 OF_METHOD = re.compile(r"method\.files \((?P<method>[^)]*)\)")  # with the task of a sequence or the settings of a grid
-ALL_METHOD_FILES = "method.files"  # the one name of all of them in runs of earlier versions
 SHARED_SECONDS = 10.0
 MAX_LISTED = 3
 OWN_FILES = ("base", CELLS_FOLDER, TASKS_FOLDER, "report.md", PAGE_FILE, "forgetting.png", "magnitude.png", "card.png")
@@ -158,8 +157,6 @@ def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
     """
     path = folder / INPUTS_FILE
     before = validated(RootModel[dict[str, str]], read_json(path), str(path)).root if path.is_file() else {}
-    if ALL_METHOD_FILES not in before:
-        inputs = {name: found for name, found in inputs.items() if name != ALL_METHOD_FILES}
     begun = {path.parent.name for pattern in (ROW_FILE, "checkpoint-*") for path in _left(folder, pattern)}
     of_methods = {name: found["method"] for name in inputs if (found := OF_METHOD.search(name))}
     changed = [name for name, found in inputs.items() if before.get(name, found) != found]
