@@ -29,7 +29,7 @@ from lora_null.utils.errors import UserError
 from lora_null.utils.limits import PositionLimit, position_limit
 from lora_null.utils.model_state import base_model_of
 from lora_null.utils.sharding import my_share
-from lora_null.utils.tokens import end_ids, pad_left
+from lora_null.utils.tokens import end_ids, padded
 
 logger = get_logger(__name__)
 
@@ -199,7 +199,7 @@ def generate_texts(
         bar = tqdm(total=len(share), desc=progress, disable=progress is None or not is_first_process())
         with bar, autocast:
             for indices in _batches(share, encoded, temperatures, batch_size):
-                ids, mask = pad_left([encoded[i] for i in indices], pad, device_of(model))
+                ids, mask = padded([encoded[i] for i in indices], pad, device_of(model), side="left")
                 options = {"max_new_tokens": max_new_tokens, "temperature": temperatures[indices[0]]}
                 if can_generate_rows(model):
                     rows = generate_rows(model, ids, mask, ends=ends, stopped=stopped, generator=generator, **options)

@@ -30,6 +30,7 @@ from lora_null.utils.files import read_json, write_json, write_safetensors
 from lora_null.utils.limits import PositionLimit, position_limit
 from lora_null.utils.model_state import base_model_of
 from lora_null.utils.sharding import my_share, parameters_are_sharded
+from lora_null.utils.tokens import padded
 
 logger = get_logger(__name__)
 
@@ -176,13 +177,11 @@ def answer_log_probs(model: nn.Module, batch: Sequence[TokenizedPair]) -> list[t
     The pairs are padded on the right. The model computes logits only where the batch has an answer token, through its
     own `logits_to_keep`, so that an architecture's scaling and capping of logits stay its own business.
     """
-    width, device = max(len(pair.ids) for pair in batch), device_of(model)
-    ids = torch.tensor([pair.ids + (0,) * (width - len(pair.ids)) for pair in batch], device=device)
-    mask = torch.tensor([[1] * len(pair.ids) + [0] * (width - len(pair.ids)) for pair in batch], device=device)
+    ids, mask = padded([pair.ids for pair in batch], 0, device_of(model))
     first = min(pair.start for pair in batch) - 1  # the token at position t is predicted at t - 1
-    options = {"logits_to_keep": width - first} if _keeps_logits(model) else {}
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
-    logits = logits[:, -(width - first) :]
+    kept = ids.shape[1] - first
+    options = {"logits_to_keep": kept} if _keeps_logits(model) else {}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -kept:]
     spans = [slice(pair.start - 1 - first, len(pair.ids) - 1 - first) for pair in batch]
     return [logits[row, span].float().log_softmax(-1) for row, span in enumerate(spans)]
 

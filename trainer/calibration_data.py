@@ -14,7 +14,6 @@ import numpy as np
 import pandas
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lora_null.batches import is_input, texts_in
@@ -22,7 +21,7 @@ from lora_null.utils.chat import adds_bos, conversation_text
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.limits import PositionLimit
-from lora_null.utils.tokens import tokenizer_of
+from lora_null.utils.tokens import padded, tokenizer_of
 from lora_null.utils.values import as_text, is_conversation
 
 TOKENS_PER_BATCH = 4096
@@ -150,13 +149,8 @@ def padded_batches(windows: Iterable[Sequence[int]], pad_token_id: int) -> list[
     Returns:
         Dicts of `input_ids` and `attention_mask`, (batch, length) int64.
     """
-    batches = []
-    for group in _groups(sorted(windows, key=len)):
-        rows = [torch.tensor(window) for window in group]
-        masks = [torch.ones_like(row) for row in rows]
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-        batches.append({"input_ids": input_ids, "attention_mask": pad_sequence(masks, batch_first=True)})
-    return batches
+    names = ("input_ids", "attention_mask")
+    return [dict(zip(names, padded(group, pad_token_id))) for group in _groups(sorted(windows, key=len))]
 
 
 def _groups(windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

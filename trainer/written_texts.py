@@ -16,7 +16,7 @@ from lora_null.utils.errors import UserError
 from lora_null.utils.limits import position_limit
 from lora_null.utils.model_state import base_model_of, preserve, replaced
 from lora_null.utils.sharding import my_share
-from lora_null.utils.tokens import end_ids, pad_left, tokenizer_of
+from lora_null.utils.tokens import end_ids, padded, tokenizer_of
 
 logger = get_logger(__name__)
 BATCH = 16  # texts written at once; the draws depend on it, so it is no option
@@ -100,7 +100,7 @@ def _write(model: Any, tokenizer: Any, rows: list[list[int]], longest: int, seed
     """Return the rows, each with what the model writes after it."""
     width, pad = max(map(len, rows)), tokenizer.pad_token_id
     pad = tokenizer.eos_token_id if pad is None else pad
-    ids, mask = pad_left(rows, pad, device_of(model))
+    ids, mask = padded(rows, pad, device_of(model), side="left")
     texts, ends = [], end_ids(model, tokenizer)
     # What a model's own generation settings say beside these, such as a penalty on repetition, would bend the distribution.
     plain = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=pad)

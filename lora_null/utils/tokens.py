@@ -1,4 +1,4 @@
-"""Token ids of a model and its tokenizer: where a text ends, rows padded on the left, the tokenizer of a processor."""
+"""Token ids of a model and its tokenizer: where a text ends, rows padded to one length, the tokenizer of a processor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from lora_null.utils.errors import UserError
@@ -22,12 +23,13 @@ def end_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     return {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask, (rows, longest row) int64, whose rows end together, as generating needs them."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+def padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu", *, side: str = "right"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask, (rows, longest row) int64; with `side="left"` all rows end together, for generating."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
+    return pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side).to(device), mask.to(device)
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
