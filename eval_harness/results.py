@@ -43,13 +43,9 @@ class Metric:
             raise KeyError(key)
         return getattr(self, key)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the metric as results.json holds it."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Metric:
-        """Return the metric that `to_dict` wrote; keys that later versions add are left aside.
+        """Return the metric of an entry in results.json or eval.json; keys that later versions add are left aside.
 
         Raises:
             KeyError: a field is missing.
@@ -115,13 +111,9 @@ class Evaluation:
         both = {name: getattr(self, name) | getattr(other, name) for name in kinds}
         return Evaluation(settings=settings, seconds=self.seconds + other.seconds, **both)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists and numbers, as eval.json holds them."""
-        return asdict(self)
-
     def to_json(self) -> str:
-        """Return this evaluation as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        """Return this evaluation as JSON text, as eval.json holds it."""
+        return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:

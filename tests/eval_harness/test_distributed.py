@@ -1,6 +1,7 @@
 """Two processes share the work and report what one process reports."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_two_processes_equal_one_and_compute_each_request_once(folder, pairs):
         evaluations = [Evaluation.from_json(result[moment]) for result in (one, *two)]
         assert evaluations[1] == evaluations[2]
         for name, metric in evaluations[0].metrics.items():
-            metric, shared = metric.to_dict(), evaluations[1].metrics[name].to_dict()
+            metric, shared = asdict(metric), asdict(evaluations[1].metrics[name])
             numbers = {key: metric[key] for key in ("value", "stderr") if metric[key] is not None}
             assert {key: shared[key] for key in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-7), name
             assert shared | numbers == metric

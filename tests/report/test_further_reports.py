@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 
 import pytest
 
@@ -228,7 +229,7 @@ def unfinished(folder):
     names = "{name: r, model: {name_or_path: m}, method: {name: [lora, pissa, lora-fa]}, seed: 0}"
     (folder / "recipe.yaml").write_text(names)
     evaluation = {
-        "metrics": {n: m.to_dict() for n, m in metrics(2.0, 0.0).items()},
+        "metrics": {n: asdict(m) for n, m in metrics(2.0, 0.0).items()},
         "settings": {},
         "seconds": 1.0,
         "samples": {},

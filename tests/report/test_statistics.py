@@ -5,6 +5,7 @@
 
 import itertools
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -253,7 +254,7 @@ def test_the_report_draws_the_simulated_claims():
             metrics[kind] = Metric(value, error, questions, fraction, "task", "fraction" if fraction else "nats")
         samples = {kind: x[i, 0].tolist() for kind, x in columns.items()}
         found[i + 1] = {0: Evaluation(metrics, {}, 0.0, samples, {"NLL": weights["NLL"].tolist()})}
-        rows.append({"method": f"m{i}", "metrics": {k: m.to_dict() for k, m in metrics.items()}})
+        rows.append({"method": f"m{i}", "metrics": {k: asdict(m) for k, m in metrics.items()}})
     results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
     results.paired = compare(results, found)
     p = [all_pairs(x, weights[kind], fraction=kind == "right or wrong")[1].p for kind, x in columns.items()]
@@ -272,7 +273,7 @@ def test_a_base_without_a_right_answer_is_compared_and_a_distance_from_it_is_not
 
     found = {0: {0: one([0.0] * 8, [0.0] * 8, [0.0] * 8)}, 1: {0: one([1.0, 0.0] * 4, [0.1, 0.2] * 4, [0.3, 0.4] * 4)}}
     rows = [
-        {"method": name, "metrics": {k: m.to_dict() for k, m in found[i][0].metrics.items()}}
+        {"method": name, "metrics": {k: asdict(m) for k, m in found[i][0].metrics.items()}}
         for i, name in enumerate(("base", "lora"))
     ]
     results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
@@ -289,7 +290,7 @@ def test_what_is_not_the_mean_of_its_samples_is_not_compared():
     found = {1: {0: one(1.0)}, 2: {0: one(2.0)}}
     rows = [
         {"method": "base"},
-        *({"method": f"m{i}", "metrics": {k: v.to_dict() for k, v in found[i][0].metrics.items()}} for i in (1, 2)),
+        *({"method": f"m{i}", "metrics": {k: asdict(v) for k, v in found[i][0].metrics.items()}} for i in (1, 2)),
     ]
     results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
     assert compare(results, found) == []
@@ -303,7 +304,7 @@ def test_a_group_is_compared_by_its_members_documents(tmp_path):
         (tmp_path / name / "eval.json").write_text(
             Evaluation(metrics, {}, 0.0, group_samples={"mmlu": values}).to_json()
         )
-        rows.append({"method": name, "metrics": {"mmlu": metrics["mmlu"].to_dict()}})
+        rows.append({"method": name, "metrics": {"mmlu": asdict(metrics["mmlu"])}})
     results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
     (pair,) = compare(results, read_evaluations(tmp_path, results))
     assert (pair.metric, pair.mean, pair.questions) == ("mmlu", 0.5, 16)
@@ -319,7 +320,7 @@ def test_a_base_does_not_make_equal_methods_look_apart():
 
     noise = 0.1 * generator.normal(size=(4, 5, 64)) + 0.1 * generator.normal(size=(4, 5, 1))
     found = {i + 1: {seed: one(base - gained + own[seed]) for seed in seeds} for i, own in enumerate(noise)}
-    shown = {"NLL": found[1][0].metrics["NLL"].to_dict()}
+    shown = {"NLL": asdict(found[1][0].metrics["NLL"])}
     rows = [{"method": name, "metrics": shown} for name in ("base", "m0", "m1", "m2", "m3")]
     results = parse_results({"schema": 1, "recipe": "r", "model": "m", "rows": rows})
     alone = {(pair.row, pair.against): pair.p for pair in compare(results, found)}
