@@ -174,12 +174,25 @@ def check_layers(peft_model: PeftModel, layers: Mapping[str, LoraLayer], adapter
         )
     if config.starts_from_residual:
         check_no_head(peft_model, layers)
-    language_model = language_model_of(peft_model.get_base_model())
-    decoder = {id(module) for module in (language_model or backbone(peft_model)).modules()}
-    if outside := next((name for name, layer in layers.items() if id(layer) not in decoder), None):
-        raise UserError(
-            f"target_modules: {outside} is no part of the decoder, which calibration runs; leave it out (exclude_modules)"
-        )
+    base = peft_model.get_base_model()
+    if reason := why_outside(base, layers, language_model_of(base) or backbone(base)):
+        raise UserError(reason)
+
+
+def why_outside(base: nn.Module, layers: Mapping[str, LoraLayer], decoder: nn.Module) -> str | None:
+    """Return that adapted layers lie outside the decoder, and how to name those inside; None where none does."""
+    inside = {id(module) for module in decoder.modules()}
+    outside = [name for name, layer in layers.items() if id(layer) not in inside]
+    if not outside:
+        return None
+    named = layers.keys() - set(outside) or {name for name, module in decoder.named_modules() if shape_of(module)}
+    leaves = "|".join(sorted({name.rpartition(".")[2] for name in named}))
+    place = re.escape(next(name for name, module in base.named_modules() if module is decoder))
+    lie = f"and {len(outside) - 1} more lie" if len(outside) > 1 else "lies"
+    return (
+        f"target_modules: {outside[0]} {lie} outside the decoder of {type(base).__name__}, which alone reads texts; "
+        f"target_modules=r'{place}.*({leaves})' names those inside"
+    )
 
 
 def language_model_of(base: nn.Module) -> nn.Module | None:

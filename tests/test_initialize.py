@@ -631,7 +631,11 @@ def test_a_model_of_ones_own_is_started():
 def test_what_no_calibration_reaches_is_named_before_it_runs(monkeypatch):
     monkeypatch.setattr("lora_null.fingerprint.fingerprint", None)
     for model, config, message in (
-        (tiny_model(), dict(target_modules=["q_proj", "lm_head"]), "lm_head is no part of the decoder"),
+        (
+            tiny_model(),
+            dict(target_modules=["q_proj", "lm_head"]),
+            r"lm_head lies outside the decoder of LlamaForCausalLM.*r'model\.\*\(q_proj\)'",
+        ),
         (
             CanineModel(CanineConfig(**CANINE)),
             dict(target_modules=["query"]),

@@ -372,7 +372,7 @@ def test_and_on_preferences(tmp_path, variant):
 
 def test_what_text_does_not_reach_is_named_before_work(tmp_path):
     with pytest.raises(
-        UserError, match=r"model.vision_tower.* outside the language model of LlavaForConditional"
+        UserError, match=r"model.vision_tower.* and 7 more lie outside the decoder of LlavaForConditional"
     ) as no:
         make(tmp_path, model=SEEING["llava"]())
     assert (
@@ -381,14 +381,17 @@ def test_what_text_does_not_reach_is_named_before_work(tmp_path):
     )
 
 
-@pytest.mark.parametrize("targets, named", [(["q_proj"], "model.vision_tower"), (r".*(layers.0.self_attn.q_proj|linear_1)", "model.")])  # fmt: skip
-def test_nor_does_a_start_measure_first(targets, named, monkeypatch):
+@pytest.mark.parametrize("targets, named, inside", [
+    (["q_proj"], "model.vision_tower", "q_proj"),
+    (r".*(layers.0.self_attn.q_proj|linear_1)", "model.", "q_proj"),
+    (["linear_1"], "model.multi_modal_projector.linear_1 lies", "down_proj|gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj"),
+])  # fmt: skip
+def test_nor_does_a_start_measure_first(targets, named, inside, monkeypatch):
     monkeypatch.setattr("lora_null.fingerprint.fingerprint", None)
     peft_model = get_peft_model(SEEING["llava"](), LoraNullConfig(r=2, target_modules=targets))
-    with pytest.raises(
-        UserError, match=f"target_modules: {named}.* is no part of the decoder, which calibration runs"
-    ):
+    with pytest.raises(UserError, match=f"target_modules: {named}.* outside the decoder of LlavaForCond") as no:
         initialize_lora_null_weights(peft_model, random_batches(), min_tokens=1)
+    assert rf"target_modules=r'model\.language_model.*({inside})' names those inside" in str(no.value)
 
 
 UNABLE = {

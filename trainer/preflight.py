@@ -5,7 +5,6 @@ Every finding here is a `UserError` with `preflight="error"`, a printed line wit
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal, get_args
 
 from peft import PeftModel
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lora_null.layer import active_adapter, adapted_layers
-from lora_null.targets import check_no_experts, language_model_of, warn_about_fused_experts
+from lora_null.targets import check_no_experts, language_model_of, warn_about_fused_experts, why_outside
 from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, nearest
 from lora_null.utils.limits import why_unsupported
@@ -93,20 +92,11 @@ def check_targets(model: PeftModel, mode: Mode) -> None:
         UserError: experts that are one fused parameter, to which PEFT put an adapter that LoRA-Null cannot start.
     """
     base, layers = model.get_base_model(), adapted_layers(model, active_adapter(model))
-    linears = sorted({name.rpartition(".")[2] for name, layer in layers.items() if _is_linear(layer)})
     check_no_experts(base, layers)
     warn_about_fused_experts(base)
     language_model = language_model_of(base)
-    decoder = next((name for name, module in base.named_modules() if module is language_model), "")
-    outside = [name for name in layers if decoder and not name.startswith(f"{decoder}.")]
-    if outside:
-        inside = sorted({name.rpartition(".")[2] for name in layers.keys() - set(outside)})
-        raise_or_warn(
-            mode,
-            f"target_modules: {outside[0]} and {len(outside) - 1} more lie outside the language model of "
-            f"{type(base).__name__}, no text reaches them; "
-            f"target_modules=r'{re.escape(decoder)}.*({'|'.join(inside or linears)})' names those inside",
-        )
+    if language_model is not None and (reason := why_outside(base, layers, language_model)):
+        raise_or_warn(mode, reason)
 
 
 def check_best_metric(trainer: Any) -> None:
