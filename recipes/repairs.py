@@ -27,7 +27,9 @@ from lora_null.utils.files import write_json, write_safetensors
 Batches = list[dict[str, torch.Tensor]]
 
 ROWS = 256  # of what was learned, of each task
-WEIGHTS = [0.0, *(10 ** (k / 2) for k in range(-6, 5))]  # among which a budget chooses; at 0 A' is A
+WEIGHTS = [
+    10 ** (k / 2) for k in range(-6, 5)
+]  # among which a budget chooses what an adapter that does not keep it needs
 
 
 def rows_of_task(recipe: Recipe, examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
@@ -42,6 +44,8 @@ def repair_within(
 ) -> tuple[Repair, Budget, PeftModel]:
     """Return an adapter repaired at the smallest weight that keeps the job's budget, or at the largest where none does.
 
+    The weight of one that keeps the budget as it is is 0.
+
     Args:
         job: with a budget, whose base has been evaluated.
         base: the original model, without an adapter; it gets this one.
@@ -51,6 +55,11 @@ def repair_within(
     Returns:
         The repair, what became of the budget, and the live model with the repaired adapter.
     """
+    model = PeftModel.from_pretrained(base, adapter.folder).eval()
+    as_it_is = repair_to_budget(budget_measurement(job, model), [0.0], lambda _: None)
+    if as_it_is.kept:
+        return Repair(0.0, adapter.pairs(), 1.0, 1.0), as_it_is, model
+    base = model.unload()
     found = {made.weight: made for made in repair(base, adapter, keep, task, weights=WEIGHTS)}
     model = PeftModel.from_pretrained(base, adapter.folder).eval()
     layers = adapted_layers(model)

@@ -123,19 +123,19 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
             continue  # the job is shared by the runs of a grid, and this run trains other methods
         if is_first_process() and not (job.folder / plan.name / CARD_FILE).is_file():
             write_run_card(job.folder / plan.name, job.recipe, plan, None)
-        rows.append(_train_method(job, plan, rows[0]))
+        trained = _train_method(job, plan, rows[0])
         free_memory()  # the trainer, which nothing refers to any more
+        made = _repair_method(job, plan, trained) if job.repairs and trained.diverged is None else [trained]
+        free_memory()
+        rows += made
         if is_first_process():
             # Also of a method that was finished before: the removal may have been killed.
             for checkpoint in [] if job.keep_weights else checkpoints_in(job.folder / plan.name):
                 shutil.rmtree(checkpoint)
-            write_run_card(job.folder / plan.name, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
+            for row in made:
+                write_run_card(job.folder / row.method, job.recipe, plan, _results(job, [rows[0], row]))
         if after_row is not None:
             after_row(rows[-1])
-        if job.repairs and rows[-1].diverged is None:
-            rows.append(_repair_method(job, plan, rows[-1]))
-            write_run_card(job.folder / rows[-1].method, job.recipe, plan, _results(job, [rows[0], rows[-1]]))
-            free_memory()
     results = _results(job, rows)
     evaluations = read_evaluations(job.folder, results, base=job.base) if is_first_process() else {}
     results.paired, results.noise = compare(results, evaluations), noise_of(evaluations)
@@ -184,17 +184,27 @@ def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
     return row
 
 
-def _repair_method(job: Job, plan: MethodPlan, trained: Row) -> Row:
-    """Put beside a trained adapter its repair that keeps the budget, and evaluate that; a finished one is read back."""
+def _repair_method(job: Job, plan: MethodPlan, trained: Row) -> list[Row]:
+    """Put beside a trained adapter its repair that keeps the budget, evaluate that, and return the rows of both.
+
+    An adapter that keeps the budget as it is stays alone. What is finished is read back.
+    """
     name = REPAIRED.format(plan.name)
     folder = job.folder / name
     finished = read_row(folder)
+    if trained.budget is not None:
+        return [trained]
     if finished is not None and lost_of(folder, finished) is None:
-        return finished
+        return [trained, finished]
     adapter, pad = read_adapter(job.folder / plan.name / "adapter"), job.tokenizer.pad_token_id or 0
     rows = rows_of_task(job.recipe, job.data.examples, job.tokenizer)
     batches = [padded_batches(ids, pad) for ids in (job.windows.ids, rows)]
     made, held, model = repair_within(job, base_to_run(job.recipe.model, job.model_name), adapter, *batches)
+    if not made.weight:
+        trained = trained.model_copy(update={"budget": held})
+        write_row(job.folder / plan.name, trained)
+        print(f"{plan.name}: {held.sentence()}")
+        return [trained]
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of a run that was killed after it had saved
     with replacing_folder(folder / "adapter") as saved:
         purpose = f"{what_is_left_alone(job.recipe.calibration)} and do what it does on its training rows"
@@ -213,7 +223,7 @@ def _repair_method(job: Job, plan: MethodPlan, trained: Row) -> Row:
     )
     write_row(folder, row)
     print(f"{name}: {held.sentence()}")
-    return row
+    return [trained, row]
 
 
 def _finished_row(job: Job, folder: Path) -> Row | None:

@@ -585,3 +585,15 @@ def test_a_run_repairs_what_it_trained(tmp_path, capsys):
     assert changed == {"lora-null-v1-repaired"}
     again = json.loads((out / "results.json").read_text())["rows"]
     assert [row["metrics"] for row in again] == [row["metrics"] for row in raw["rows"]]
+
+
+def test_what_keeps_the_budget_as_it_is_is_not_repaired(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lora_null.recipes.repairs.repair", lambda *_, **__: pytest.fail("it was repaired"))
+    words = [str(recipe(tmp_path)), "budget={at_most: 4, then: repair}", "training.max_steps=2"]
+    for more in ([], ["--resume"]):
+        assert main([*words, *more]) == 0
+        assert (row(tmp_path / "out")["budget"]["weight"], row(tmp_path / "out")["budget"]["kept"]) == (0, True)
+        assert "lora-null-v1: facts KL" in capsys.readouterr().out or more
+        assert not (tmp_path / "out" / "lora-null-v1-repaired").exists()
+        (tmp_path / "out" / "results.json").unlink()
+    assert "(nothing had to be given up)" in (tmp_path / "out" / "lora-null-v1" / "README.md").read_text()

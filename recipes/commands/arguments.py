@@ -16,7 +16,8 @@ from lora_null.eval_harness.code.jails import UNSAFE
 from lora_null.eval_harness.mt_bench.judge import add_options
 from lora_null.recipes.config.load import shipped
 from lora_null.recipes.config.schema import by_metric
-from lora_null.utils.errors import UserError, launched_index, nearest
+from lora_null.utils.errors import UserError, nearest
+from lora_null.utils.startup import launched_index
 
 ALLOW, JAILED = "--allow-code-execution", "jailed"
 DTYPES = ("float32", "bfloat16", "float16")
