@@ -112,7 +112,7 @@ def fake_hub(monkeypatch):
 def test_a_group_from_the_hub_reports_its_own_aggregate(model, tokenizer, fake_hub):
     fake_hub([{"problem": f"p{i}", "solution": rf"\boxed{{{i}}}"} for i in range(3)])
     task = LmEvalTask("hendrycks_math", metric="exact_match", limit=3, role="retention")
-    recipe = SimpleNamespace(budget=SimpleNamespace(measure=None))
+    recipe = SimpleNamespace(budget=SimpleNamespace(measure=None, at_most=0.1))
     with pytest.raises(UserError, match="'hendrycks_math' is a group's mean, without a value for each question"):
         plan_budget(recipe, [task], SimpleNamespace(tasks=[]))
     found = evaluate(model, tokenizer, [task], limit=2)
