@@ -115,11 +115,14 @@ def bounded_metrics(section: BudgetSection, tasks: Sequence[Task]) -> dict[str, 
         UserError: nothing is to be kept, or a metric that is not measured.
     """
     most = section.at_most
-    found = _find_measures(list(most) if isinstance(most, dict) else section.measure, tasks)
+    by_name = isinstance(most, dict)
+    found = _find_measures(
+        list(most) if by_name else section.measure, tasks, f"budget.{'at_most' if by_name else 'measure'}"
+    )
     return {name: (task, most[name] if isinstance(most, dict) else most) for name, task in found.items()}
 
 
-def _find_measures(wanted: str | Sequence[str] | None, tasks: Sequence[Task]) -> dict[str, Task]:
+def _find_measures(wanted: str | Sequence[str] | None, tasks: Sequence[Task], where: str) -> dict[str, Task]:
     kept = [task for task in tasks if task.role == "retention"]
     if not kept:
         raise UserError("budget: eval.retention is empty, nothing says what may not be forgotten")
@@ -133,11 +136,11 @@ def _find_measures(wanted: str | Sequence[str] | None, tasks: Sequence[Task]) ->
         wanted = [wanted] if wanted in by_name else [name.strip() for name in wanted.split(",")]
     for name in wanted:
         if name == ALL_ENTRIES:
-            raise UserError(f"budget.measure: {ALL_ENTRIES} is every entry of eval.retention and stands alone")
+            raise UserError(f"{where}: {ALL_ENTRIES} is every entry of eval.retention and stands alone")
         if name not in by_name:
-            raise UserError(f"budget.measure: the run has no {name!r} in eval.retention{nearest(name, by_name)}")
+            raise UserError(f"{where}: the run has no {name!r} in eval.retention{nearest(name, by_name)}")
         if wanted.count(name) > 1:
-            raise UserError(f"budget.measure: names {name!r} twice")
+            raise UserError(f"{where}: names {name!r} twice")
     return {name: by_name[name] for name in wanted}
 
 
@@ -397,6 +400,9 @@ def scale_to_budget(measured: Measurement, strength: Strength, learned: Evaluati
         lower = strength.value * min(0.95, max(0.5, factor))
         strength.set(lower if lower >= MIN_STRENGTH else 0.0)
         checks.append(measured.check_rest())
+    if not strength.value:  # what is left is the base, and the metric to be told is the one that left nothing
+        order = [bound.measure for bound in checks[0]]
+        checks[-1].sort(key=lambda bound: order.index(bound.measure))
     return _held(measured, before, checks).model_copy(update={"strength": strength.value})
 
 
@@ -437,9 +443,7 @@ def _held(measured: Measurement, before: Evaluation | None, checks: list[list[Bo
     """
     after = measured.learned_on_probe()
     beyond = {bound.measure: bound.value for bound in checks[0] if not bound.kept} if len(checks) > 1 else {}
-    order = [bound.measure for bound in checks[0]]
-    last = sorted(checks[-1], key=lambda bound: (bound.kept, -bound.used, order.index(bound.measure)))
-    tightest, *others = (bound.model_copy(update={"first_check": beyond.get(bound.measure)}) for bound in last)
+    tightest, *others = (bound.model_copy(update={"first_check": beyond.get(bound.measure)}) for bound in checks[-1])
     return Budget(
         **tightest.model_dump(),
         others=others,

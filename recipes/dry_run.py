@@ -21,7 +21,7 @@ from lora_null.recipes.job import Job, check_run, space_of_run
 from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.plan import GIB, MethodPlan, activation_bytes
 from lora_null.recipes.models.quantization import weight_bytes
-from lora_null.recipes.results import EVAL_FILE, LOG_FILE, RESULTS_FILE
+from lora_null.recipes.results import EVAL_FILE, LOG_FILE, REPAIRED, RESULTS_FILE
 from lora_null.recipes.training import optimizer_steps, total_batch, training_arguments
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.distributed import is_first_process, together
@@ -78,6 +78,8 @@ def _files_of(recipe: Recipe) -> list[str]:
     for name in recipe.method.name:
         saved = [f"{METHODS[name].saves}/"] if recipe.grid.keep_weights else []
         files += [f"{cell}{name}/{path}" for path in ("init/", *saved, EVAL_FILE, LOG_FILE)]
+        repairs = recipe.budget is not None and recipe.budget.then == "repair"
+        files += [f"{REPAIRED.format(name)}/{path}" for path in ("adapter/", EVAL_FILE) if repairs]
     return [*files, RESULTS_FILE, "report.md", "report.html", "forgetting.png"]
 
 

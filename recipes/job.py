@@ -132,10 +132,15 @@ class Job:
         return self.recipe.budget is not None and self.recipe.budget.then == "repair"
 
     @property
-    def reads_texts(self) -> bool:
-        """Whether texts are calibrated on, or read later; start and drift of `method.init` are those of its folder."""
+    def calibrates(self) -> bool:
+        """Whether texts are calibrated on, or read while it trains; start and drift of `method.init` are those of its folder."""
         methods = (recipe_method(self.recipe, plan.name) for plan in self.plans)
-        return self.recipe.method.init is None or self.repairs or any(method.needs_texts for method in methods)
+        return self.recipe.method.init is None or any(method.needs_texts for method in methods)
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the texts of `calibration` are read, to calibrate or to repair."""
+        return self.calibrates or self.repairs
 
     @property
     def eval_context(self) -> EvalContext:
@@ -163,7 +168,8 @@ def check_run(recipe: Recipe, **options: Any) -> Job:
 
 def space_of_run(job: Job) -> int:
     """Return the bytes that a single run may write: adapters or models, checkpoints, the base's predictions."""
-    return sum(plan.written_bytes for plan in job.plans) + job.reference_bytes
+    repaired = sum(4 * plan.saved for plan in job.plans) if job.repairs else 0
+    return sum(plan.written_bytes for plan in job.plans) + repaired + job.reference_bytes
 
 
 def _beside_the_weights(folder: Path) -> dict[str, str]:

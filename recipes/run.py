@@ -158,6 +158,8 @@ def _train_method(job: Job, plan: MethodPlan, base: Row) -> Row:
     finished = on_first_process(lambda: _finished_row(job, folder))  # whose file system has it first
     if finished is not None:
         return finished
+    if is_first_process():  # what was repaired is of the adapter that is trained anew
+        (job.folder / REPAIRED.format(plan.name) / ROW_FILE).unlink(missing_ok=True)
     reset_peak_memory()
     trainer = _make_trainer(job, plan, folder)
     probe = _add_probe(job, trainer, folder)
@@ -454,7 +456,7 @@ def _settings(job: Job) -> dict[str, Any]:
     own_rows = {name: recipe_method(recipe, name).rows_trained_on(rows) for name in recipe.method.name}
     steps = {name: optimizer_steps(training, count) for name, count in own_rows.items() if count != rows}
     rank = f"matched to {recipe.method.match}" if recipe.method.match else recipe.method.rank
-    texts = job.windows  # none where the start and the drift are those of method.init
+    texts = job.windows if job.calibrates else None  # start and drift are else those of method.init
     allowed = [f"{bound.at_most:g} of {bound.measure}" for bound in job.budget.bounds] if job.budget else []
     return {
         "learning_rate": training.learning_rate,

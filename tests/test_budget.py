@@ -35,6 +35,7 @@ from lora_null.recipes.budget import (
 )
 from lora_null.recipes.commands.report import results_so_far
 from lora_null.recipes.config.load import load_recipe
+from lora_null.recipes.config.schema import BudgetSection
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.results import Budget, Estimate, GivenUp
 from lora_null.utils.errors import UserError
@@ -577,19 +578,55 @@ def test_a_run_repairs_what_it_trained(tmp_path, capsys):
     page = (out / "report.md").read_text()
     assert "| LoRA, repaired |" in page and "LoRA-Null-v1, repaired: facts KL" in page
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/adapter/*.safetensors")}
-    for name in ("lora-null-v1-repaired/row.json", "results.json"):
+    for name in ("lora-repaired/row.json", "lora-null-v1/row.json", "results.json"):
         (out / name).unlink()
-    assert [row.method for row in results_so_far(out).rows] == [*by_name][:-1]
+    assert [row.method for row in results_so_far(out).rows] == ["base", "lora", *[*by_name][3:]]
     assert main([*words, "--resume"]) == 0
     changed = {path.parents[1].name for path, time in before.items() if path.stat().st_mtime_ns != time}
-    assert changed == {"lora-null-v1-repaired"}
+    assert changed == {
+        "lora-repaired",
+        "lora-null-v1",
+        "lora-null-v1-repaired",
+    }  # of what is trained anew its repair too
     again = json.loads((out / "results.json").read_text())["rows"]
     assert [row["metrics"] for row in again] == [row["metrics"] for row in raw["rows"]]
+
+
+def test_where_nothing_is_left_the_metric_that_is_beyond_the_budget_is_told():
+    class Noisy(Fake):
+        def evaluate(self, tasks):
+            found = super().evaluate(tasks)
+            for name in found.samples if self.value == 0 else ():
+                found.samples[name] = [1e-7 * (name == "notes kl")] * len(found.samples[name])
+            return found
+
+    bounds, zeros = [], [Evaluation({}, {}, 0.0), Evaluation({}, {}, 0.0)]
+    for name, at_most in (("notes", 0.1), ("facts", 0.1)):
+        task, few = (AnswerTask(name, PAIRS[:n], kl=True, role="retention") for n in (24, 8))
+        bounds.append(PlannedBound(f"{name} kl", at_most, task, few, frozenset(range(8))))
+        for found, n in zip(zeros, (8, 24)):
+            one = evaluation(np.zeros(n), name=f"{name} kl")
+            found.metrics |= one.metrics
+            found.samples |= one.samples
+    model = Noisy(1e9, 1e-9)
+    held = scale_to_budget(Measurement(model.evaluate, BudgetPlan("scale", bounds), *zeros), model)
+    assert held.strength == 0 and held.measure == "facts kl" and held.first_check > 0.1
+
+
+def test_bounds_on_the_command_line_take_the_place_of_the_recipes(tmp_path):
+    path = str(recipe(tmp_path, budget={"measure": "facts kl", "at_most": 0.1}))
+    by_name = load_recipe(path, max_forgetting="facts nll=0.02, facts kl=0.03").budget
+    assert (by_name.measure, by_name.at_most) == (None, {"facts nll": 0.02, "facts kl": 0.03})
+    path = str(recipe(tmp_path, budget={"at_most": {"facts kl": 0.1, "facts nll": 0.2}}))
+    assert load_recipe(path, max_forgetting="0.03").budget.at_most == {"facts kl": 0.03, "facts nll": 0.03}
+    assert BudgetSection(at_most=0.01).share(1, 3).at_most == 0.01 * 1 / 3  # as runs of before have it
 
 
 def test_what_keeps_the_budget_as_it_is_is_not_repaired(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lora_null.recipes.repairs.repair", lambda *_, **__: pytest.fail("it was repaired"))
     words = [str(recipe(tmp_path)), "budget={at_most: 4, then: repair}", "training.max_steps=2"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "lora-null-v1-repaired/adapter/" in capsys.readouterr().out
     for more in ([], ["--resume"]):
         assert main([*words, *more]) == 0
         assert (row(tmp_path / "out")["budget"]["weight"], row(tmp_path / "out")["budget"]["kept"]) == (0, True)

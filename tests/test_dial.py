@@ -386,6 +386,8 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog, mon
     for point in few.points:
         point.metrics["a"] = replace(point.metrics["a"], n=7)
     assert dial_summary(few, {"a": 1.0}) == "loss of a was measured on 7 rows; a limit needs at least 8"
+    few.points[0].metrics["a"] = replace(few.points[0].metrics["a"], higher_is_better=None)
+    assert "a has no known direction" in dial_summary(few, {"a": 1.0})
     shares = {
         "a": Metric(0.5, 0.1, 8, True, "retention", "fraction"),
         "b": Metric(1.0, 0.1, 4, False, "task", "nats"),

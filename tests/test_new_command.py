@@ -183,8 +183,12 @@ def test_several_things_to_keep(world, capsys):
     write_rows(Path("b.jsonl"), [*map(KINDS["messages"][0], range(3)), {"messages": [{"role": "user"}]}])
     make(*words, "--out", "other.yaml", code=2)
     assert "error: --keep b.jsonl: 1 of 4 rows cannot be used" in capsys.readouterr().err
-    make("--keep", "", code=2)
-    assert "--keep: is empty" in capsys.readouterr().err
+    for keep in (["--keep", ""], ["--keep", "few.jsonl", "--keep", ""]):
+        make(*keep, code=2)
+        assert "--keep: is empty" in capsys.readouterr().err
+    Path("rows.yaml").unlink()
+    Path("few.jsonl").rename("+++.jsonl")
+    assert make("--keep", "+++.jsonl").eval.retention[-1].answers == "kept"
 
 
 @pytest.mark.parametrize(

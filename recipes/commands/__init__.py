@@ -42,7 +42,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     if rest and (rest[0].startswith("-") or not hasattr(arguments, "words")):
         raise UserError(f"{used.prog}: cannot use {rest[0]!r}")
-    empty = next((name for name in NAMING if getattr(arguments, name, None) in ("", [""])), None)
+    given = ((name, getattr(arguments, name, None)) for name in NAMING)
+    empty = next((name for name, value in given if "" in (value if isinstance(value, list) else [value])), None)
     if empty:  # as where a variable of the shell is not set; a path "" would be this folder
         raise UserError(f"--{empty}: is empty")
     arguments.words = [*getattr(arguments, "words", []), *rest]

@@ -141,7 +141,7 @@ class Names:
         self.taken: set[str] = set()
 
     def of(self, path: str, role: str) -> str:
-        stem = re.sub(r"[^\w.-]+", " ", Path(path).resolve().stem).strip()
+        stem = re.sub(r"[^\w.-]+", " ", Path(path).resolve().stem).strip() or role
         numbered = (f"{role} {stem} {number}" for number in itertools.count(2))
         name = next(name for name in itertools.chain((stem, f"{role} {stem}"), numbered) if name not in self.taken)
         self.taken.add(name)

@@ -355,7 +355,10 @@ def load_recipe(
     given |= {} if methods is None else parse_overrides([f"method.name={methods}"])
     raw = apply_overrides(raw, given, "argument ", path.parent)
     if max_forgetting is not None:
-        set_key(raw, "budget.at_most", _allowed(max_forgetting, raw), "--max-forgetting")
+        allowed = _allowed(max_forgetting, raw)
+        set_key(raw, "budget.at_most", allowed, "--max-forgetting")
+        if isinstance(allowed, dict) and "budget.measure" not in keys:
+            raw["budget"]["measure"] = None  # the recipe's: the option names its own
     _put_grid(raw, seeds, sweeps)
     _resolve_method_files(raw.get("method"), path.parent)
     recipe = parse_recipe(raw, path.stem)

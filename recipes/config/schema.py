@@ -729,10 +729,11 @@ class BudgetSection(Section):
         "METHOD-repaired, the adapter repaired without training until it stays within the budget",
     )
 
-    def times(self, part: float) -> BudgetSection:
-        """Return the same budget with `part` times what it allows."""
+    def share(self, number: int, of: int) -> BudgetSection:
+        """Return the same budget with `number` of so many equal parts of what it allows."""
         most = self.at_most
-        scaled = {name: part * one for name, one in most.items()} if isinstance(most, dict) else part * most
+        by_name = isinstance(most, dict)
+        scaled = {name: one * number / of for name, one in most.items()} if by_name else most * number / of
         return self.model_copy(update={"at_most": scaled})
 
     @field_validator("at_most")

@@ -98,7 +98,7 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
         own = merge(raw, {key: value for key, value in task.items() if key != "name"})
         own |= {"sequence": None, "quick": {}, "name": task["name"]}
         if recipe.budget is not None:
-            own["budget"] = recipe.budget.times(number / len(section.tasks)).model_dump()
+            own["budget"] = recipe.budget.share(number, len(section.tasks)).model_dump()
         own["output_dir"] = str(stage_folder(Path(recipe.output_dir), number, task["name"]))
         every.append(own["eval"]["task"])
         stages.append(own)

@@ -13,7 +13,7 @@ from lora_null.recipes.report.drawing import colors_of, default_look, escape_mat
 from lora_null.recipes.report.figures import dial_figure
 from lora_null.recipes.report.headline import Measure, forgetting, forgetting_of, learning
 from lora_null.recipes.report.table import Table, build_table, escape_markdown
-from lora_null.recipes.results import MIN_ROWS, Paired, Results, Row, display_name, validated
+from lora_null.recipes.results import MIN_ROWS, Paired, Results, Row, display_name, metric_title, validated
 from lora_null.utils.files import read_json, replacing, write_json, write_text
 
 DIAL_FOLDER, FILE = "dial", "dial.json"
@@ -160,6 +160,8 @@ def _largest_within(dial: Dial, allowed: Mapping[str, float], learned: Measure |
     results, strengths = dial.results(), [point.strength for point in dial.points]
     bounds = [(forgetting_of(results, [name]), at_most) for name, at_most in allowed.items()]
     for (name, _), (measure, _) in zip(allowed.items(), bounds):
+        if results.metric(name).higher_is_better is None:
+            return f"{metric_title(name)} has no known direction, so that nothing tells what is lost of it"
         if (rows := results.metric(name).n) < MIN_ROWS:
             return f"{measure.title} was measured on {rows} rows; a limit needs at least {MIN_ROWS}"
     within = [
