@@ -403,7 +403,7 @@ def test_a_method_that_trains_on_more_rows_has_steps_of_its_own_among_the_settin
     for limit, own in (([], 20), (["training.max_steps=7"], None)):
         recipe = load_recipe("math", [*words, *limit], methods="lora,replay")
         job = SimpleNamespace(recipe=recipe, folder=Path("out"), data=data, config=None, tasks=[], budget=None)
-        job.windows = Windows([[1, 2]], ["x"])
+        job.windows, job.calibrates = Windows([[1, 2]], ["x"]), True
         found = _settings(job)
         assert (
             found["calibration_mode"] == "separate" != recipe.calibration.mode
