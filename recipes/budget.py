@@ -115,11 +115,11 @@ def bounded_metrics(section: BudgetSection, tasks: Sequence[Task]) -> dict[str, 
         UserError: nothing is to be kept, or a metric that is not measured.
     """
     most = section.at_most
-    by_name = isinstance(most, dict)
-    found = _find_measures(
-        list(most) if by_name else section.measure, tasks, f"budget.{'at_most' if by_name else 'measure'}"
-    )
-    return {name: (task, most[name] if isinstance(most, dict) else most) for name, task in found.items()}
+    if isinstance(most, dict):
+        found = _find_measures(list(most), tasks, "budget.at_most")
+        return {name: (task, most[name]) for name, task in found.items()}
+    found = _find_measures(section.measure, tasks, "budget.measure")
+    return {name: (task, most) for name, task in found.items()}
 
 
 def _find_measures(wanted: str | Sequence[str] | None, tasks: Sequence[Task], where: str) -> dict[str, Task]:

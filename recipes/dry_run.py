@@ -78,8 +78,7 @@ def _files_of(recipe: Recipe) -> list[str]:
     for name in recipe.method.name:
         saved = [f"{METHODS[name].saves}/"] if recipe.grid.keep_weights else []
         files += [f"{cell}{name}/{path}" for path in ("init/", *saved, EVAL_FILE, LOG_FILE)]
-        repairs = recipe.budget is not None and recipe.budget.then == "repair"
-        files += [f"{REPAIRED.format(name)}/{path}" for path in ("adapter/", EVAL_FILE) if repairs]
+        files += [f"{REPAIRED.format(name)}/{path}" for path in ("adapter/", EVAL_FILE) if recipe.repairs]
     return [*files, RESULTS_FILE, "report.md", "report.html", "forgetting.png"]
 
 

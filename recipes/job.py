@@ -128,8 +128,8 @@ class Job:
 
     @property
     def repairs(self) -> bool:
-        """Whether each trained adapter is repaired until it keeps the budget."""
-        return self.recipe.budget is not None and self.recipe.budget.then == "repair"
+        """As `Recipe.repairs`."""
+        return self.recipe.repairs
 
     @property
     def calibrates(self) -> bool:

@@ -56,8 +56,8 @@ def repair_within(
         The repair, what became of the budget, and the live model with the repaired adapter.
     """
     model = PeftModel.from_pretrained(base, adapter.folder).eval()
-    as_it_is = repair_to_budget(budget_measurement(job, model), [0.0], lambda _: None)
-    if as_it_is.kept:
+    measured = budget_measurement(job, model)
+    if measured.keeps_on_probe() and (as_it_is := repair_to_budget(measured, [0.0], lambda _: None)).kept:
         return Repair(0.0, adapter.pairs(), 1.0, 1.0), as_it_is, model
     base = model.unload()
     found = {made.weight: made for made in repair(base, adapter, keep, task, weights=WEIGHTS)}
@@ -74,7 +74,12 @@ def repair_within(
 
 def what_is_left_alone(calibration: CalibrationSection) -> str:
     """Return "to leave notes.md, the general mix alone", without folders of this machine."""
-    return f"to leave {', '.join(shareable(source.title) for source in calibration.each)} alone"
+    return f"to leave {titles_of(calibration)} alone"
+
+
+def titles_of(calibration: CalibrationSection) -> str:
+    """Return the names of its sources, without folders of this machine."""
+    return ", ".join(shareable(source.title) for source in calibration.each)
 
 
 def write_repaired(folder: Path, adapter: SavedAdapter, made: Repair, method: str, purpose: str) -> None:

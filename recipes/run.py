@@ -125,8 +125,10 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
             write_run_card(job.folder / plan.name, job.recipe, plan, None)
         trained = _train_method(job, plan, rows[0])
         free_memory()  # the trainer, which nothing refers to any more
-        made = _repair_method(job, plan, trained) if job.repairs and trained.diverged is None else [trained]
-        free_memory()
+        made = [trained]
+        if job.repairs and trained.diverged is None:
+            made = _repair_method(job, plan, trained)
+            free_memory()
         rows += made
         if is_first_process():
             # Also of a method that was finished before: the removal may have been killed.
@@ -191,11 +193,11 @@ def _repair_method(job: Job, plan: MethodPlan, trained: Row) -> list[Row]:
 
     An adapter that keeps the budget as it is stays alone. What is finished is read back.
     """
+    if trained.budget is not None:
+        return [trained]
     name = REPAIRED.format(plan.name)
     folder = job.folder / name
     finished = read_row(folder)
-    if trained.budget is not None:
-        return [trained]
     if finished is not None and lost_of(folder, finished) is None:
         return [trained, finished]
     adapter, pad = read_adapter(job.folder / plan.name / "adapter"), job.tokenizer.pad_token_id or 0
@@ -320,9 +322,9 @@ def _magnitude(job: Job, plan: MethodPlan, trainer: AnyTrainer, model: Any) -> M
     """
     adapted = isinstance(model, PeftModel)
     goes_on = adapted and plan.saves == "adapter" and plan.name in job.previous
-    original = weight_reader(job.recipe.model, job.model_name) if is_first_process() and not adapted else None
     if goes_on:
         return _magnitude_of_saved(job, job.folder / plan.name / "adapter") if is_first_process() else None
+    original = weight_reader(job.recipe.model, job.model_name) if is_first_process() and not adapted else None
     changes = weight_changes(trainer.method.layers(model), active_adapter(model), original)
     return Magnitude.of(changes) if is_first_process() else None
 

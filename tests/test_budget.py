@@ -170,6 +170,19 @@ class Fake:
         return found
 
 
+def plan_of(**allowed):
+    """The budget of several KLs, each measured on 8 probed rows of 24, and the base's evaluations of both."""
+    bounds, zeros = [], [Evaluation({}, {}, 0.0), Evaluation({}, {}, 0.0)]
+    for name, at_most in allowed.items():
+        task, few = (AnswerTask(name, PAIRS[:n], kl=True, role="retention") for n in (24, 8))
+        bounds.append(PlannedBound(f"{name} kl", at_most, task, few, frozenset(range(8))))
+        for found, n in zip(zeros, (8, 24)):
+            one = evaluation(np.zeros(n), name=f"{name} kl")
+            found.metrics |= one.metrics
+            found.samples |= one.samples
+    return BudgetPlan("scale", bounds), zeros
+
+
 class _At:
     def __init__(self, model, value):
         self.model, self.new, self.old = model, value, model.value
@@ -183,14 +196,9 @@ class _At:
 
 @pytest.mark.parametrize(("worse", "again"), [(1.0, False), (3.0, True), (1e9, True)])
 def test_the_rows_that_no_probe_used_have_the_last_word(worse, again):
-    task, few = (
-        AnswerTask("facts", PAIRS, kl=True, role="retention"),
-        AnswerTask("facts", PAIRS[:8], kl=True, role="retention"),
-    )
-    budget = BudgetPlan("scale", [PlannedBound("facts kl", 0.09, task, few, frozenset(range(8)))])
+    plan, zeros = plan_of(facts=0.09)
     model = Fake(worse)
-    zero, zeros = evaluation(np.zeros(8)), evaluation(np.zeros(24))
-    held = scale_to_budget(Measurement(model.evaluate, budget, zero, zeros), model)
+    held = scale_to_budget(Measurement(model.evaluate, plan, *zeros), model)
     assert held.n == 16 and held.kept and model.value == held.strength
     assert held.value <= 0.09 and held.value == pytest.approx(held.strength**2 * worse)
     assert (held.first_check is not None) == again
@@ -202,16 +210,9 @@ def test_the_rows_that_no_probe_used_have_the_last_word(worse, again):
 
 @pytest.mark.parametrize("times", [0.1, 0.9, 4.0])
 def test_of_several_bounds_all_are_kept_and_the_tightest_is_told(times):
-    bounds, zeros = [], [Evaluation({}, {}, 0.0), Evaluation({}, {}, 0.0)]
-    for name, at_most in (("facts", 0.09), ("notes", 0.04)):
-        task, few = (AnswerTask(name, PAIRS[:n], kl=True, role="retention") for n in (24, 8))
-        bounds.append(PlannedBound(f"{name} kl", at_most, task, few, frozenset(range(8))))
-        for found, n in zip(zeros, (8, 24)):
-            one = evaluation(np.zeros(n), name=f"{name} kl")
-            found.metrics |= one.metrics
-            found.samples |= one.samples
+    plan, zeros = plan_of(facts=0.09, notes=0.04)
     model = Fake(1.5, times)
-    held = scale_to_budget(Measurement(model.evaluate, BudgetPlan("scale", bounds), *zeros), model)
+    held = scale_to_budget(Measurement(model.evaluate, plan, *zeros), model)
     (other,) = held.others
     used = {bound.measure: bound.value / bound.at_most for bound in (held, other)}
     assert used["facts kl"] == pytest.approx(1.5 * held.strength**2 / 0.09)
@@ -228,8 +229,7 @@ def test_of_several_bounds_all_are_kept_and_the_tightest_is_told(times):
 
 @pytest.mark.parametrize(("worse", "weight"), [(0.1, 1.0), (1.0, 1.0), (1.2, 10.0), (3.0, 10.0), (1e9, 100.0)])
 def test_a_repair_takes_the_smallest_weight_that_keeps_a_budget(worse, weight):
-    task, few = (AnswerTask("facts", PAIRS[:n], kl=True, role="retention") for n in (24, 8))
-    budget = BudgetPlan("scale", [PlannedBound("facts kl", 0.03, task, few, frozenset(range(8)))])
+    plan, zeros = plan_of(facts=0.03)
     model, measured = Fake(worse), []
     at = {0.0: 0.5, 0.1: 0.4, 1.0: 0.17, 10.0: 0.01, 100.0: 0.005}  # the square is forgotten
 
@@ -237,8 +237,7 @@ def test_a_repair_takes_the_smallest_weight_that_keeps_a_budget(worse, weight):
         measured.append(of)
         model.value = at[of]
 
-    zeros = (evaluation(np.zeros(n)) for n in (8, 24))
-    held = repair_to_budget(Measurement(model.evaluate, budget, *zeros), list(at), apply)
+    held = repair_to_budget(Measurement(model.evaluate, plan, *zeros), list(at), apply)
     assert held.weight == weight and measured[-1] == weight and held.n == 16
     assert held.kept == (worse < 1e9) and held.value == pytest.approx(at[weight] ** 2 * worse)
 
@@ -600,16 +599,9 @@ def test_where_nothing_is_left_the_metric_that_is_beyond_the_budget_is_told():
                 found.samples[name] = [1e-7 * (name == "notes kl")] * len(found.samples[name])
             return found
 
-    bounds, zeros = [], [Evaluation({}, {}, 0.0), Evaluation({}, {}, 0.0)]
-    for name, at_most in (("notes", 0.1), ("facts", 0.1)):
-        task, few = (AnswerTask(name, PAIRS[:n], kl=True, role="retention") for n in (24, 8))
-        bounds.append(PlannedBound(f"{name} kl", at_most, task, few, frozenset(range(8))))
-        for found, n in zip(zeros, (8, 24)):
-            one = evaluation(np.zeros(n), name=f"{name} kl")
-            found.metrics |= one.metrics
-            found.samples |= one.samples
+    plan, zeros = plan_of(notes=0.1, facts=0.1)
     model = Noisy(1e9, 1e-9)
-    held = scale_to_budget(Measurement(model.evaluate, BudgetPlan("scale", bounds), *zeros), model)
+    held = scale_to_budget(Measurement(model.evaluate, plan, *zeros), model)
     assert held.strength == 0 and held.measure == "facts kl" and held.first_check > 0.1
 
 

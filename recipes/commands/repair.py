@@ -12,7 +12,6 @@ from typing import Any
 from lora_null.adapters.repair import Repair, repair
 from lora_null.adapters.saved import SavedAdapter
 from lora_null.recipes import caches
-from lora_null.recipes.card import shareable
 from lora_null.recipes.commands.arguments import QUESTIONS
 from lora_null.recipes.commands.dial import budget_job
 from lora_null.recipes.commands.export import copy_tokenizer
@@ -27,7 +26,14 @@ from lora_null.recipes.job import Job
 from lora_null.recipes.measure import evaluate_base
 from lora_null.recipes.models.bases import load_tokenizer
 from lora_null.recipes.output import check_place
-from lora_null.recipes.repairs import Batches, repair_within, rows_of_task, what_is_left_alone, write_repaired
+from lora_null.recipes.repairs import (
+    Batches,
+    repair_within,
+    rows_of_task,
+    titles_of,
+    what_is_left_alone,
+    write_repaired,
+)
 from lora_null.recipes.results import REPAIRED
 from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
 from lora_null.recipes.training import read_training_data
@@ -128,7 +134,7 @@ def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespa
     if arguments.data is not None:
         section = _named(arguments.data, "--data")
         task = _windows(section, source, tokenizer, "task", option="--data")
-        told += f" and do what it does on {', '.join(shareable(source.title) for source in section.each)}"
+        told += f" and do what it does on {titles_of(section)}"
     else:
         task = [ids for recipe, examples in zip(recipes, rows()) for ids in rows_of_task(recipe, examples, tokenizer)]
         total = sum(map(len, rows()))

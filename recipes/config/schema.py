@@ -918,6 +918,11 @@ class Recipe(Section):
     output_dir: str = Field("", description="where everything goes; when not given runs/ and the file's name")
     seed: Seed = Field(0, description="of data order, windows and what is drawn at random")
 
+    @property
+    def repairs(self) -> bool:
+        """Whether each trained adapter is repaired until it keeps the budget."""
+        return self.budget is not None and self.budget.then == "repair"
+
     @field_validator("preflight", mode="before")
     @classmethod
     def _take_false_for_off(cls, preflight: Any) -> Any:
@@ -959,7 +964,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_sections(self) -> Recipe:
-        if self.budget is not None and self.budget.then == "repair" and (self.grid or self.sequence):
+        if self.repairs and (self.grid or self.sequence):
             of = "a grid's runs" if self.grid else "a sequence's tasks"
             raise ValueError(
                 f"budget.then: repair is not for {of}; lora-null repair RUN/METHOD repairs them afterward"
