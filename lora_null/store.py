@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from lora_null.calibration import Calibration, InputStats
 from lora_null.factors import LayerStats
@@ -207,7 +207,7 @@ def prune_cache(keep: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cache_lock() -> FileLock:
+def _cache_lock() -> BaseFileLock:
     """Return the lock under which folders are taken into use and removed."""
     return FileLock(cache_root() / "init.lock")
 
