@@ -428,6 +428,11 @@ class Results(BaseModel):
         return self.rows[0]
 
     @property
+    def model_title(self) -> str:
+        """The model's id, or the name of its folder, without the folders of this machine."""
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
+
+    @property
     def of_several_runs(self) -> bool:
         """Whether runs are compared, each of which has its adapters in its own folder."""
         return "runs" in self.environment

@@ -222,7 +222,7 @@ def card_png(results: Results, headline: str) -> bytes:
     width, rows = (36, 14) if drawn else (76, 12)
     lines = textwrap.wrap(headline.replace(" ± ", "\u00a0±\u00a0"), width, break_on_hyphens=False)
     lines = lines if len(lines) <= rows else [*lines[: rows - 1], "…"]
-    name = escape_math(textwrap.shorten(f"{results.recipe} · {results.model}", 60 if drawn else 120))
+    name = escape_math(textwrap.shorten(f"{results.recipe} · {results.model_title}", 60 if drawn else 120))
     bold = {"weight": "bold"}
     figure.text(0.045, 0.9, "What was learned, what was forgotten", fontsize=15, color=COLORS["lora-null-v2"], **bold)
     figure.text(0.045, 0.845, name, fontsize=12, color="#6b7280")

@@ -175,7 +175,7 @@ def paper_table(results: Results) -> PaperTable | None:
         return None
     used = ", ".join(name for name, known in names.items() if known)
     table, notes = [], [f"Ours: trained on {data or 'what the settings say'}; {used}", AAAI_NOTE]
-    notes += [] if known else [f"The paper's tables have no {results.model}"]
+    notes += [] if known else [f"The paper's tables have no {results.model_title}"]
     bases = {row.task_group: row.metrics for row in rows if row.method == "base"}
     for row in rows:
         rank = f" (r = {row.rank})" if row.rank else ""

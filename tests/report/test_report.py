@@ -662,6 +662,14 @@ def test_a_recipe_is_named_where_it_is(tmp_path):
     assert "is `recipe.yaml`" in write(tmp_path, raw_results)[1]
 
 
+def test_a_model_in_a_folder_is_shown_by_its_name(tmp_path):
+    """The page and its card are sent to others; what loads the adapter again names the folder."""
+    html, text = write(tmp_path, measured() | {"model": "/home/me/models/SmolLM2"})
+    assert '<p class="run">SmolLM2, seed 0.' in html and "\nSmolLM2, seed 0\n" in text
+    assert 'from_pretrained("/home/me/models/SmolLM2")' in text
+    assert parse_results(measured()).model_title == "org/model"
+
+
 @pytest.mark.parametrize(("threads", "said"), [(1, "CPU, 1 thread"), (2, "CPU, 2 threads")])
 def test_one_thread_is_one(threads, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
