@@ -122,7 +122,7 @@ def _new(parser: Any) -> None:
     add = _adder(parser)
     add("--model", required=True, help="hub id or local folder", complete=shtab.DIRECTORY)
     add("--data", required=True, help="file, folder or hub id of what to learn", complete=shtab.FILE)
-    about = "file, folder or hub id of what to keep, several times for several; else a general mix"
+    about = "file, folder or hub id of what to keep, several times for several, beside a quarter of a general mix; else the mix alone"
     add("--keep", action="append", default=[], metavar="PATH", help=about, complete=shtab.FILE)
     add("--split", default="train", help="split of a data set (default train); a single file is its own")
     add("--out", type=Path, metavar="RECIPE", help="the YAML to write (default: the data's name)", complete=shtab.FILE)
@@ -147,7 +147,7 @@ def _train(parser: Any) -> None:
     add(
         "--max-forgetting",
         metavar="X",
-        help="how much may be forgotten (budget.at_most): nats per token of the first KL of eval.retention, or without one a fraction of the first accuracy; budget.measure names others",
+        help="how much may be forgotten (budget.at_most): of the first KL of eval.retention in nats per token, or without one of the first metric; 'NQ kl=0.01,notes kl=0.05' or budget.measure names others",
     )
     add("--sequence", action="store_true", help="learn the tasks of several recipes one after the other")
     add(
@@ -313,7 +313,7 @@ def _export(parser: Any) -> None:
     add("--measure", action="append", metavar="NAME", help=MEASURE)
     _add_questions(add)
     add("--license", metavar="ID", help="license of the base, where its card does not say")
-    add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
+    add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards: a new one is private, of an old one adapters and weights beside the folders are replaced")
 
 
 def _add_source(add: Any) -> None:
@@ -377,7 +377,7 @@ def _repair(parser: Any) -> None:
     of the same rank, without training. Writes DIR/adapter.
     """
     add = _adder(parser)
-    add("--keep", metavar="PATH", help="texts to keep (default: the run's calibration)", complete=shtab.FILE)
+    add("--keep", metavar="PATH", help="texts to leave alone (default: the run's calibration)", complete=shtab.FILE)
     add("--data", metavar="PATH", help="what was learned (default: the run's training rows)", complete=shtab.FILE)
     about = "of the texts to keep, compared with what was learned; more keeps more (default 1)"
     add("--weight", type=weight, metavar="W", help=about)

@@ -109,7 +109,9 @@ MAX_LISTED = 16  # keys, where none is like the one that was given
 PATH = Field(min_length=1, description="hub id, local file or folder")
 OFFSET = Field(0, ge=0, description="rows to skip")
 ROWS_AFTER = Field(None, ge=1, description="first rows after `offset` only")
-BAD_ROW = Field(None, description="rows that cannot be measured; when not given, as data.on_bad_row says")
+BAD_ROW = Field(
+    None, description="rows that cannot be measured; when not given, as data.on_bad_row says; without that one is an error"
+)
 SUBSET = Field(None, description="configuration of a hub data set, or the folder of it in a local one")
 SPLIT = "split of a hub data set or a folder; not read of a single file"
 
@@ -711,7 +713,7 @@ def by_metric(text: str) -> str | dict[str, str]:
 
 
 class BudgetSection(Section):
-    """How much may be forgotten: what is saved keeps it, checked on rows that no probe has used."""
+    """How much may be forgotten, checked on rows that no probe has used; the run and its report say where nothing keeps it."""
 
     measure: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
@@ -725,8 +727,8 @@ class BudgetSection(Section):
     then: Literal["scale", "stop", "rewind", "repair"] = Field(
         "scale",
         description="scale: train to the end, then take the largest strength that stays within the budget; stop: end the training where a "
-        "probe reaches it; rewind: the same, and go back to the last state within it; repair: train to the end, and put beside it "
-        "METHOD-repaired, the adapter repaired without training until it stays within the budget",
+        "probe reaches it, then scale if need be; rewind: the same, and go back to the last state within it; repair: train to the end, and put beside it "
+        "METHOD-repaired, the adapter to use, repaired without training until it stays within the budget",
     )
 
     def share(self, number: int, of: int) -> BudgetSection:
