@@ -30,7 +30,9 @@ VARIABLES = (
     ("NNODES", "NODE_RANK", "MASTER_ADDR"),
 )
 PORT = "29500"
-SECONDS_TO_SAVE = "600"  # torch kills its processes 30 s after a SIGTERM otherwise, in the midst of a large checkpoint
+SECONDS_TO_SAVE = (
+    "600"  # torch kills its processes 30 s after a SIGTERM otherwise (2.11 always), in the midst of a large checkpoint
+)
 
 
 def machines(environment: Mapping[str, str]) -> tuple[int, int, str]:

@@ -34,6 +34,12 @@ def roofline(init_benchmark):
     sys.modules.pop("roofline", None)
 
 
+def _counted(counter):
+    """Without the angles of the positions, which transformers 5.17 still computes by a matrix product."""
+    angles = [ops for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb")]
+    return counter.get_total_flops() - sum(sum(ops.values()) for ops in angles)
+
+
 def test_the_roofline_counts_what_torch_counts(roofline):
     """A forward pass and a step, by torch's own count, which has attention without its causal half."""
     model = tiny_model(attn_implementation="eager")
@@ -42,11 +48,11 @@ def test_the_roofline_counts_what_torch_counts(roofline):
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         model.model(input_ids=ids)
     attention = 2 * shape.layers * 60 * 20 * 32  # of each half, causal and other
-    assert forward.get_total_flops() == shape.layers * roofline._forward(shape, 60, 20) + attention
+    assert _counted(forward) == shape.layers * roofline._forward(shape, 60, 20) + attention
     with FlopCounterMode(display=False) as step:
         model(input_ids=ids).logits.sum().backward()
     machine = roofline.Machine(model=1.0, float32=1.0, float64=1.0, memory=1.0)
-    assert step.get_total_flops() == pytest.approx(60 / roofline.step(shape, machine, 20, 4)["full"] + 3 * attention)
+    assert _counted(step) == pytest.approx(60 / roofline.step(shape, machine, 20, 4)["full"] + 3 * attention)
 
 
 def test_the_floors_of_a_7b_model_are_those_of_the_data_sheet(roofline):

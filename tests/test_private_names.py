@@ -26,6 +26,9 @@ SEEN = {
     "torch.nn.Module()._forward_pre_hooks": "torch 2.13.0",
     # Where tensors that an engine keeps in pieces stand in for whole ones for a while.
     "torch.nn.Module()._parameters": "torch 2.13.0",
+    # What of a group of modules a forward pass has not yet called.
+    "torch.distributed.fsdp.FSDPModule._get_fsdp_state": "torch 2.13.0",
+    "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState()._modules_to_run_forward": "torch 2.13.0",
     # Overridden: a layer whose base lacks a residual takes a state apart before its parts load.
     "torch.nn.Module._load_from_state_dict": "torch 2.13.0",
     # Overridden, as transformers' documentation suggests for a Trainer's subclasses.

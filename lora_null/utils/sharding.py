@@ -119,10 +119,14 @@ def reshard(model: nn.Module) -> None:
     """Shard again every FSDP2 group that a forward pass gathered; all processes call it before one of them saves.
 
     A forward pass without a backward pass leaves the last group whole. What reads the state dict of one process would
-    put that one's back in pieces alone.
+    put that one's back in pieces alone. And where TRL's fused loss reads the head without calling it, PyTorch before
+    2.13 would still wait for the head, and gather nothing in the next forward pass.
     """
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if groups:
         model.state_dict()  # whose hooks do it, whatever pass came before; nothing is copied
+    for group in groups:
+        group._get_fsdp_state()._modules_to_run_forward.clear()
 
 
 @contextlib.contextmanager

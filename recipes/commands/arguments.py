@@ -313,7 +313,11 @@ def _export(parser: Any) -> None:
     add("--measure", action="append", metavar="NAME", help=MEASURE)
     _add_questions(add)
     add("--license", metavar="ID", help="license of the base, where its card does not say")
-    add("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards: a new one is private, of an old one adapters and weights beside the folders are replaced")
+    add(
+        "--push-to-hub",
+        metavar="ID",
+        help="upload the folder to this repository afterwards: a new one is private, of an old one adapters and weights beside the folders are replaced",
+    )
 
 
 def _add_source(add: Any) -> None:

@@ -110,7 +110,8 @@ PATH = Field(min_length=1, description="hub id, local file or folder")
 OFFSET = Field(0, ge=0, description="rows to skip")
 ROWS_AFTER = Field(None, ge=1, description="first rows after `offset` only")
 BAD_ROW = Field(
-    None, description="rows that cannot be measured; when not given, as data.on_bad_row says; without that one is an error"
+    None,
+    description="rows that cannot be measured; when not given, as data.on_bad_row says; without that one is an error",
 )
 SUBSET = Field(None, description="configuration of a hub data set, or the folder of it in a local one")
 SPLIT = "split of a hub data set or a folder; not read of a single file"
