@@ -33,9 +33,9 @@ from lora_null import LoraNullConfig
 from lora_null.initialize import InitOptions
 from lora_null.trainer import LoraNullSFTTrainer
 
-# width, inner, vocabulary, rank, calibration windows, their length
 # The layers of large models are larger than 32 MB, of which glibc gives every freed block back; of these smaller ones too.
 MMAP_THRESHOLD = 4 << 20
+# width, inner, vocabulary, rank, calibration windows, their length
 FULL, QUICK = (1024, 1024, 512, 8, 17, 64), (32, 48, 101, 4, 4, 16)
 WAYS = ("files", "whole")
 PHASES = ("start", "read", "step")
