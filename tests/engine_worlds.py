@@ -86,9 +86,9 @@ def begin(
     return children
 
 
-def world(*args: Any, **options: Any) -> list[int]:
-    """Begin processes and return their exit statuses; one that takes longer than five minutes is ended."""
-    children, until = begin(*args, **options), time.monotonic() + 300
+def world(*args: Any, seconds: float = 300, **options: Any) -> list[int]:
+    """Begin processes and return their exit statuses; one that takes longer than that is ended, with status -9."""
+    children, until = begin(*args, **options), time.monotonic() + seconds
     for child in children:
         child.join(max(0, until - time.monotonic()))
         child.kill()

@@ -78,9 +78,9 @@ def _write(folder: Path, shape: tuple[int, ...]) -> dict[str, int]:
 
 def _run(folder: Path, way: str, count: int) -> list[dict[str, Any]]:
     common.note(f"{count} processes, {way}")
-    found = world(count, [str(folder), way], folder / f"{way}.txt", "fsdp2", train)
+    found = world(count, [str(folder), way], folder / f"{way}.txt", "fsdp2", train, seconds=3600)
     if any(found):
-        raise SystemExit((folder / f"{way}.txt").read_text()[-4000:])
+        raise SystemExit(f"{(folder / f'{way}.txt').read_text()[-4000:]}\nexit statuses: {found}")
     return [json.loads((folder / f"{way}-{index}.json").read_text()) for index in range(count)]
 
 
