@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,14 +267,21 @@ def _json_rows(path: Path) -> list[dict[str, Any] | str | None]:
         if (
             wrong
             and not is_lines
-            and (is_array or all(isinstance(_row(line), str) for line in entries if line.strip()))
+            and (is_array or all(isinstance(_row(line, Counter()), str) for line in entries if line.strip()))
         ):
             raise wrong
     elif isinstance(value, list):
         entries = value
     else:
         entries = [value] if path.suffix.lower() == ".jsonl" else _rows_of_object(value, path.name)
-    return [None if isinstance(entry, bytes) and not entry.strip() else _row(entry) for entry in entries]
+    held: Counter[str] = Counter()
+    rows = [None if isinstance(entry, bytes) and not entry.strip() else _row(entry, held) for entry in entries]
+    if held:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in held.most_common())
+        print_once(
+            f"read in {path.name}: {held.total()} of {len(rows)} chats only up to a turn that is not text alone ({kinds})"
+        )
+    return rows
 
 
 def _parsed(data: bytes | str) -> Any:
@@ -327,8 +335,8 @@ def _key_of_rows(value: dict[str, Any]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _row(entry: Any) -> dict[str, Any] | str:
-    """Return the row of a line or an array's entry, or what is wrong with it."""
+def _row(entry: Any, held: Counter[str]) -> dict[str, Any] | str:
+    """Return the row of a line or an array's entry, or what is wrong with it; count in `held` what ends exported chats early."""
     if isinstance(entry, bytes):
         try:
             entry = _parsed(entry.decode("utf-8"))
@@ -341,7 +349,10 @@ def _row(entry: Any) -> dict[str, Any] | str:
     if not isinstance(entry, dict) or not entry:
         return "no JSON object"
     turns = exported_turns(entry)
-    entry = entry if turns is None else {"messages": joined_messages(turns)}
+    if turns is not None:
+        messages, end = joined_messages(turns)
+        entry = {"messages": messages}
+        held.update([end] if end else [])
     try:
         json.dumps(entry, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

@@ -318,10 +318,10 @@ def turn(sender, text, *content):
     return {"uuid": "u", "sender": sender, "text": text, "content": list(content), "attachments": []}
 
 
-HIDDEN, PICTURE = {"is_visually_hidden_from_conversation": True}, {"content_type": "image_asset_pointer"}
+HIDDEN = {"is_visually_hidden_from_conversation": True}
 CHATGPT = {
     "root": node(None), "s": node("root", "system", ""),
-    "memo": node("s", "user", "be brief", metadata=HIDDEN), "u": node("memo", "user", PICTURE, "what is 6*7?", content={"content_type": "multimodal_text", "parts": [PICTURE, "what is 6*7?"]}),
+    "memo": node("s", "user", "be brief", metadata=HIDDEN), "u": node("memo", "user", "what is 6*7?"),
     "first": node("u", "assistant", "43"),  # written again
     "call": node("u", "assistant", "6*7", recipient="python"), "ran": node("call", "tool", "42"),
     "thought": node("ran", "assistant", content={"content_type": "thoughts", "thoughts": []}), "a": node("thought", "assistant", "It is 42."),
@@ -365,6 +365,73 @@ def test_exported_chats_are_conversations(tmp_path, of):
     assert [(row.row, row.reason) for row in found.bad] == [(2, "a conversation without turns")]
     (example,) = found.examples
     assert example.written.text == "<user>what is 6*7?\n<assistant>It is 42.\n\nAnything else?</s>\n"
+
+
+def claude(*turns):
+    return {"chat_messages": list(turns)}
+
+
+def chatgpt(*messages):
+    tree = {str(i): {"message": message, "parent": str(i - 1)} for i, message in enumerate(messages)}
+    return {"mapping": tree, "current_node": str(len(messages) - 1)}
+
+
+def said(role, *parts, **more):
+    kind = {"content_type": "text" if all(isinstance(part, str) for part in parts) else "multimodal_text"}
+    return node(None, role, **{"content": kind | {"parts": list(parts)}} | more)["message"]
+
+
+def files(*names):
+    return [{"file_name": name} for name in names]
+
+
+def tool_use(name):
+    return {"type": "tool_use", "name": name, "input": {}}
+
+
+Q, A = turn("human", "Hi"), turn("assistant", "Hello!")
+LEASE = {"file_name": "paste.txt", "extracted_content": "The tenant pays 300."}
+FILE, PICTURE = {"metadata": {"attachments": [{"name": "a.pdf"}]}}, {"content_type": "image_asset_pointer"}
+HEARD = [
+    {"content_type": "audio_transcription", "text": "Hi"},
+    {"content_type": "real_time_user_audio_video_asset_pointer", "frames_asset_pointers": []},
+]
+SEEN = [HEARD[0], HEARD[1] | {"frames_asset_pointers": [PICTURE]}]
+ASKED = [said("user", "Hi"), said("assistant", "Hello!")]
+REPLY = {"role": "assistant", "content": "You pay 300."}
+PART = [user("Hi"), assistant("Hello!")]
+SHOWN = {  # a chat → its messages, and the kind of what ends it early
+    "a document alone": (claude(Q, A, turn("human", "") | {"attachments": [LEASE]}, turn("assistant", "You pay 300.")), [*PART, user("The tenant pays 300."), REPLY], None),
+    "documents, also named as files": (claude(turn("human", "What?") | {"attachments": [LEASE, LEASE], "files": files("paste.txt")}, turn("assistant", "You pay 300.")), [user("What?" + "\n\nThe tenant pays 300." * 2), REPLY], None),
+    "a file without its text": (claude(Q, A, turn("human", "What?") | {"files": files("a.png")}, turn("assistant", "You pay 300.")), PART, "file"),
+    "an attachment without its text": (claude(Q, A, turn("human", "What?") | {"attachments": files("a.pdf")}, turn("assistant", "You pay 300.")), PART, "file"),
+    "an image in parts": (claude(Q, A, turn("human", "What?", {"type": "text", "text": "What?"}, {"type": "image"}), turn("assistant", "300.")), PART, "image"),
+    "a file first": (claude(turn("human", "") | {"files": files("a.png")}, A, Q, A), [], "file"),
+    "a blank question": (claude(Q, A, turn("human", ""), turn("assistant", "You pay 300.")), PART, "blank"),
+    "an artifact": (claude(Q, A, turn("human", "Write."), turn("assistant", "Here:", tool_use("search")), turn("assistant", "", tool_use("artifacts"))), PART, "artifacts"),
+    "an edited question": (claude(*(each | {"uuid": name, "parent_message_uuid": above} for name, above, each in (("a", "0", turn("human", "Ho")), ("b", "a", A), ("c", "0", Q), ("d", "c", A)))), PART, None),
+    "a picture alone": (chatgpt(*ASKED, said("user", PICTURE), said("assistant", "A cat.")), PART, "image"),
+    "a picture beside a question": (chatgpt(*ASKED, said("user", PICTURE, "What?"), said("assistant", "A cat.")), PART, "image"),
+    "a file beside a question": (chatgpt(*ASKED, said("user", "What?", **FILE), said("assistant", "300.")), PART, "file"),
+    "a picture first": (chatgpt(said("user", PICTURE), said("assistant", "A cat."), *ASKED), [], "image"),
+    "a picture that was drawn": (chatgpt(*ASKED, said("user", "Draw."), said("assistant", "Gladly."), said("tool", PICTURE), said("user", "Why?"), said("assistant", "So.")), PART, "image"),
+    "a canvas": (chatgpt(*ASKED, said("user", "Write."), said("assistant", "{}", recipient="canmore.create_textdoc"), said("assistant", "Done.")), PART, "canmore"),
+    "a question of another kind": (chatgpt(*ASKED, said("user", content={"content_type": "app_pairing_content"}), said("assistant", "So.")), PART, "app_pairing_content"),
+    "what was said aloud": (chatgpt(said("user", *HEARD), ASKED[1]), PART, None),
+    "what was said and shown": (chatgpt(said("user", *SEEN), ASKED[1]), [], "real_time_user_audio_video"),
+    "citations": (chatgpt(ASKED[0], said("assistant", "Hel\ue203lo\ue204! \ue200cite\ue202turn0search1\ue202turn0view0\ue201【4†source】")), PART, None),
+    "names": (chatgpt(ASKED[0], said("assistant", '\ue200entity\ue202["word","Hello","greeting"]\ue201\ue200url\ue202!\ue202turn0search1\ue201')), PART, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chat", SHOWN)
+def test_what_an_exported_chat_shows_is_learned_whole_or_not_at_all(tmp_path, capsys, chat):
+    """No answer without what it answers, none glued to an earlier one; the rest is told."""
+    entry, messages, held = SHOWN[chat]
+    (tmp_path / "chats.json").write_text(json.dumps([entry]))
+    assert read_documents([tmp_path / "chats.json"], "x").rows == [{"messages": messages}]
+    told = f"read in chats.json: 1 of 1 chats only up to a turn that is not text alone (1 {held})\n"
+    assert capsys.readouterr().out == (told if held else "")
 
 
 @pytest.mark.parametrize("kind", WHOLE_FILES)
