@@ -408,6 +408,10 @@ REFUSED = {  # reason → messages
         user([{"type": "image_url", "image_url": {"url": "x"}}]),
         assistant("b"),
     ],
+    "a turn of the user with 'files' beside its content; only text can be learned": [
+        user("a", images=[], audio=None, files=[{"type": "image", "url": "data:image/png;base64,"}]),
+        assistant("b"),
+    ],
     "a turn of the user with a part that is a int": [user([1]), assistant("b")],
     "tool_calls without the name of a function": [user("a"), assistant(None, tool_calls=[{"x": 1}]), assistant("b")],
     "a tool call whose arguments are no JSON object": [user("a"), call("f", "[1"), tool("1"), assistant("b")],

@@ -38,6 +38,8 @@ CALLS = ("function_call", "tool_call")  # roles of LLaMA-Factory and ms-swift: t
 OPTIONS = ("tools", "functions", "chat_template_kwargs")  # what a chat template gets of a row beside the messages
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
+# what a message holds beside its content, as Open WebUI, Ollama and others write it
+HELD = ("files", "attachments", "experimental_attachments", "image", "images", "audio", "audios", "video", "videos")
 ANSWERS = ({"text", "answer_start"}, {"value", "aliases"})  # keys of SQuAD's and TriviaQA's dicts of accepted answers
 STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 # What NumPy and pandas print other than Python: array([…], dtype=object), and no comma between two strings or dicts.
@@ -232,6 +234,8 @@ def _message(given: Any) -> Message:
     if "function_call" in message:
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     role = KNOWN.get(role.lower(), role)
+    if attached := next((key for key in HELD if _plain(message.get(key))), None):
+        raise ValueError(f"a turn of the {role} with {attached!r} beside its content; only text can be learned")
     calls = _tool_calls(message.pop("tool_calls", None))
     content, thought = _thought_parts(_plain(content))
     if thought:
