@@ -492,6 +492,11 @@ def test_what_is_not_read_in_a_folder_is_told_once(tmp_path, capsys):
     texts(tmp_path), texts(tmp_path)
     told = f"not read in {tmp_path}: 2 .docx, 1 .0, 1 .1, 1 .2, 1 .3, 1 .4, 3 others\n"
     assert capsys.readouterr().out == told
+    for name in ("Tasks.csv", "Books.csv"):  # as Notion exports databases beside its pages
+        (tmp_path / name).write_text("task,done\n1,2\n")
+    assert texts(tmp_path) == ["{}"]
+    assert f"not read in {tmp_path}: 2 .docx, 2 .csv, " in capsys.readouterr().out
+    (tmp_path / "Tasks.csv").unlink(), (tmp_path / "Books.csv").unlink()
     write_rows(tmp_path / "train-0.jsonl", [{"text": "row"}])
     write_rows(tmp_path / "train-1.jsonl.gz", [{"text": "row"}])
     assert texts(tmp_path) == ["row"]

@@ -94,7 +94,7 @@ class Rows:
 
     Attributes:
         path: as the recipe is to name it.
-        split: of a hub data set, or of a folder of data; None for what is its own.
+        split: of a hub data set, or of a folder; None for a file, which is its own.
         format: what the rows are.
         documents: the rows, of a hub's data set the first.
         count: how many; None for a hub's, which is not read whole.
@@ -337,7 +337,7 @@ def _rows(path: str, split: str, where: str, out: Path) -> Rows:
     can_be_asked = "text" not in form.keys or found.is_of_texts
     fewest = BUDGET_ROWS if where == "keep" and last >= 64 else 0
     found.held_out = min(HELD_OUT, max(last // 10, fewest)) if local and last >= 40 and can_be_asked else 0
-    found.split = None if Path(path).is_file() or found.is_of_texts else split
+    found.split = None if Path(path).is_file() else split
     return found
 
 

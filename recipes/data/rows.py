@@ -75,7 +75,7 @@ def documents_of(section: Any, where: str, **options: Any) -> Documents:
 def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     """Return a split's data files, those of its folders where it holds none itself, as a downloaded hub data set does.
 
-    Of exported chats it is their `conversations.json` where the split is not there. A folder without any is one of texts
+    Of exported chats it is their `conversations.json` where the split is not there. Without any, a folder is one of texts
     (.txt, .md), those in its folders too. What else lies there is told by its kinds.
     """
 
@@ -95,11 +95,6 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     unread = [file for file in files if file.suffix.lower() not in (*FILE_KINDS, *PICTURES)]
     unread = [file for file in unread if file.stem.lower() not in DOCUMENTATION_FILES]
     data = list(filter(lies_here, tables)) or list(filter(is_split, tables)) or list(filter(lies_in_split, tables))
-    if not data:
-        if not notes:
-            _check_texts(folder, where, tables, texts, unread)
-        _tell_unread(folder, [*unread, *tables])
-        return texts
     several = sorted({str(file.parent.relative_to(folder)) for file in data})
     if len(several) > 1:
         raise UserError(
@@ -110,8 +105,13 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     named = named or [file for file in others if shards.fullmatch(file.stem)] or others
     chosen = named or list(filter(lies_in_split, data))
     chosen = chosen or [file for file in data if file.stem.startswith("conversations") and is_export(file)]
+    if not chosen and not notes:
+        if data:
+            raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
+        _check_texts(folder, where, tables, texts, unread)
     if not chosen:
-        raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
+        _tell_unread(folder, [*unread, *tables])
+        return texts
     if len(chosen) > 1 and lies_here(chosen[0]) and not all(shards.fullmatch(file.stem) for file in chosen):
         print_once(f"read in {folder}: {', '.join(file.name for file in chosen)}")
     if left := [file.name for file in others if file not in chosen]:
