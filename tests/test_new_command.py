@@ -147,10 +147,11 @@ def test_parquet_arrays_texts_and_folders(world):
     assert (recipe.eval.task[0].prompt, recipe.eval.task[0].response) == ("beginning", "ending")
 
 
-def test_what_to_keep(world):
+def test_what_to_keep(world, capsys):
     write_rows(Path("rows.jsonl"), map(KINDS["messages"][0], range(20)))
     write_rows(Path("facts.jsonl"), map(KINDS["answers"][0], range(100)))
     recipe = make("--keep", "facts.jsonl")
+    assert "not used    the fields id of facts.jsonl\n" in capsys.readouterr().out
     own, general = recipe.calibration.sources
     assert (own.path, own.weight, own.limit, general.source) == ("facts.jsonl", 3, 84, "general")
     kept = recipe.eval.retention[0]

@@ -302,7 +302,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     count = f"{rows.count:,}" if rows.count else f"the first {len(examples):,}"
     draft.notes = {
         "data": f"{arguments.data}: {count} rows, {rows.format.name}",
-        **({"not used": f"the fields {', '.join(rows.unused)}"} if rows.unused else {}),
+        **({"not used": unused} if (unused := _what_is_unused(rows, kept)) else {}),
         "template": f"{data['template']}" + (", the model's own" if data["template"] == "chat" else ""),
         "lengths": _what_is_cut("rows", lengths, length),
         "windows": _what_is_cut("texts", windows, calibration["max_length"]),
@@ -485,6 +485,12 @@ def _window_lengths(calibration: dict[str, Any], tokenizer: Any, given: Sequence
         raise UserError(named) from None
     texts = [text for source in sources for text in source.texts or []]
     return sorted(len(ids) for ids in tokenizer(texts)["input_ids"])
+
+
+def _what_is_unused(rows: Rows, kept: Sequence[Kept]) -> str:
+    """Return the fields that are not read of the data and of what is kept; "" for none."""
+    found = [("", rows.unused), *((f" of {each.path}", each.rows.unused) for each in kept)]
+    return "; ".join(f"the fields {', '.join(unused)}{of}" for of, unused in found if unused)
 
 
 def _what_is_left_out(bad: Sequence[BadRow], unusable_kept: Sequence[BadRow]) -> str:
