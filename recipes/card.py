@@ -87,8 +87,10 @@ REPAIR_NOTE = "repair"  # in an adapter's metadata: a sentence about how it was 
 
 def _kept_of(row: Row) -> list[str]:
     """Say what a budget of forgetting has left of a method."""
-    kept = row.budget and f"The budget of forgetting: {row.budget.sentence()}."
-    return [escape_markdown(said) for said in (left_nothing(row, display_name(row.method)), kept) if said]
+    told = [left_nothing(row, display_name(row.method))]
+    if row.budget:
+        told.append(f"The budget of forgetting{'' if row.budget.kept else ' is NOT kept'}: {row.budget.account()}.")
+    return [escape_markdown(said) for said in told if said]
 
 
 def _render(

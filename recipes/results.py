@@ -142,12 +142,12 @@ class Bound(BaseModel):
         """The share of what is allowed that is forgotten, the standard error counted as forgotten."""
         return Estimate(self.value, self.stderr).upper / self.at_most
 
-    def told(self, rows: str = "rows") -> str:
-        """Say what is forgotten, and how much was allowed."""
+    def told(self, rows: str = "") -> str:
+        """Say what is forgotten, on which `rows`, and how much was allowed."""
         change = {"nll": "rise of ", "loss": "rise of ", "kl": "", "forgetting": ""}
         told = f"{change.get(kind_of(self.measure), 'fall of ')}{metric_title(self.measure)} "
-        told += f"{_amount(self.value, self.stderr, self.measure, self.unit)} on {self.n} {rows}, "
-        return f"{told}at most {scale_of(self.unit) * self.at_most:g} allowed"
+        told += _amount(self.value, self.stderr, self.measure, self.unit) + (f" on {self.n} {rows}" if rows else "")
+        return f"{told}, at most {scale_of(self.unit) * self.at_most:g} allowed"
 
 
 class Budget(Bound):
@@ -180,12 +180,16 @@ class Budget(Bound):
         return self.weight is None and (self.strength == 0 or self.step == 0)
 
     def sentence(self) -> str:
-        """Say how it was kept, and what was given up."""
+        """Say how it was kept, or that it was not, and what was given up."""
+        return self.account() if self.kept else f"the budget is NOT kept, {self.account()}"
+
+    def account(self) -> str:
+        """Say what is forgotten, how that was reached, and what was given up."""
         how = [f"state of step {self.step} of {self.steps}"] if self.step < self.steps else []
         how += [f"strength {self.strength:.3g}"] if self.strength != 1 else []
         how += [f"repaired at weight {self.weight:.3g}"] if self.weight else []
         bounds = (self, *self.others)
-        told = "; ".join([self.told("rows that no probe used"), *(bound.told() for bound in self.others)])
+        told = "; ".join([self.told("rows that no probe used"), *(bound.told("rows") for bound in self.others)])
         told += f" ({', '.join(how)})" if how else " (nothing had to be given up)"
         first = " and ".join(
             f"{scale_of(bound.unit) * bound.first_check:.3g}"
@@ -203,7 +207,7 @@ class Budget(Bound):
             scale, lost = scale_of(change.unit), _amount(change.lost, change.stderr, name, change.unit)
             told += f"; given up: {lost} of {metric_title(name)} "
             told += f"({scale * change.kept:.3g} {now}, {scale * change.full:.3g} {before})"
-        return told + ("" if self.kept else "; the budget is NOT kept")
+        return told
 
 
 def _amount(value: float, stderr: float | None, metric: str, unit: str | None) -> str:
@@ -257,6 +261,11 @@ class Row(BaseModel):
         if self.base_again is not None:
             return self.base_again == self.runs
         return self.budget is not None and self.budget.left_nothing and self.budget.task is None
+
+    @property
+    def is_beyond_budget(self) -> bool:
+        """Whether it forgets more than its budget allows, and nothing that was done kept it."""
+        return self.budget is not None and not self.budget.kept
 
     def is_ranked(self, *, forgetting: bool) -> bool:
         """Whether to rank it: not if it is the base again; by forgetting, not if any seed of a grid is."""

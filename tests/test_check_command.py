@@ -315,6 +315,10 @@ def test_the_cards_of_a_run_tell_of_the_budget_and_of_no_folder_of_this_machine(
             assert f"The adapter is in {where}; `lora-null export RUN/lora --out DIR`" in card
             assert f"(strength {strength:g})" in card and r"a\_b" in card and str(tmp_path) not in card
             assert ("LoRA is the base again: the budget left nothing of its training." in card) == again
+            assert "The budget of forgetting: " in card and "NOT kept" not in card
+    rows[1].budget.kept = False
+    write_run_card(home, load_recipe("quickstart", []), plan, Results(recipe="r", model="m", rows=rows))
+    assert "The budget of forgetting is NOT kept: " in (home / "README.md").read_text()
 
 
 def test_the_hash_of_another_revision_is_left_out(base, tmp_path, monkeypatch):

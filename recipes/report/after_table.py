@@ -14,6 +14,7 @@ from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.eval_harness.results import Metric
 from lora_null.recipes.report.dial import Dial, dial_picture, dial_summary, read_dial, table_rows
 from lora_null.recipes.report.figures import row_colors
+from lora_null.recipes.report.headline import listed
 from lora_null.recipes.report.table import ARROWS, format_column, metric_title, scale_of
 from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, kind_of, settings_text
 
@@ -40,7 +41,7 @@ def after_table(results: Results, output_dir: Path, logs: Sequence[TrainLog]) ->
             shown = {"title": display_name(row.method), "summary": dial_summary(found), "head": head, "rows": rows}
             dials.append(shown | {"picture": dial_picture(found, color)})
     kept = results.grid.cells if results.grid else results.rows
-    budgets = [(_named(row), row.budget.sentence()) for row in kept if row.budget]
+    budgets = [(_named(row), row.budget.kept, row.budget.account()) for row in kept if row.budget]
     return {
         "next": "" if results.grid or results.sequence or results.state else next_step(results, output_dir, logs),
         "budgets": budgets,
@@ -70,6 +71,8 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
     """
     if len(results.rows) == 1:
         return ""
+    if any(row.is_beyond_budget for row in results.rows):
+        return _to_keep_the_budget(results)
     found, free = [], []
     dials = [None if row.method == "base" else read_dial(output_dir / row.method) for row in results.rows]
     for row, log, dial, label in zip(results.rows, logs, dials, results.labels()):
@@ -100,6 +103,18 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
         )
     gained = f"By the measured curves nothing is to be gained by {' or '.join(judged)}"
     return f"{gained}; of another learning rate or a longer schedule they tell nothing."
+
+
+def _to_keep_the_budget(results: Results) -> str:
+    """What keeps a budget that is not kept: it comes before all that curves tell."""
+    beyond = [(label, row.budget) for label, row in zip(results.labels(), results.rows) if row.is_beyond_budget]
+    texts = dict.fromkeys(metric_title(budget.measure.rpartition(" ")[0] or budget.measure) for _, budget in beyond)
+    ways = ["lower training.learning_rate", f"calibrate on more texts like those of {listed([*texts])}"]
+    ways.append("allow more (--max-forgetting)")
+    if any(budget.then == "repair" for _, budget in beyond):
+        ways.append("have the strength lowered until it is kept (budget.then=scale)")
+    them = listed([label for label, _ in beyond])
+    return f"The budget of forgetting is NOT kept by {them}: {', '.join(ways[:-1])}, or {ways[-1]}."
 
 
 def _by_dial(dial: Dial | None, row: Row, label: str) -> list[Advice]:

@@ -211,7 +211,7 @@ def _findings(results: Results) -> list[str]:
         return [f"{evaluated} was evaluated: there is no method to compare yet."]
     kept, learned = forgetting(results), learning(results)
     sentences = [_single(results, measure) for measure in (kept, learned) if measure and len(measure.ranked) == 1]
-    sentences = _sentences(verdicts(results), results) + sentences
+    sentences = [*beyond_budget(results), *_sentences(verdicts(results), results), *sentences]
     sentences += filter(None, map(left_nothing, results.rows, results.labels()))
     rows = zip(results.rows, results.labels())
     sentences += [f"{label} diverged at step {row.diverged}." for row, label in rows if row.diverged is not None]
@@ -225,6 +225,13 @@ def _findings(results: Results) -> list[str]:
     if learned is None:
         sentences.append("Learning was not measured: no method has a value of a task metric.")
     return sentences
+
+
+def beyond_budget(results: Results) -> list[str]:
+    """The sentence that names the methods whose budget is not kept; empty where there are none."""
+    named = zip(results.rows, results.labels())
+    beyond = [f"{label} ({row.budget.told()})" for row, label in named if row.budget and row.is_beyond_budget]
+    return [f"The budget of forgetting is NOT kept by {listed(beyond)}."] if beyond else []
 
 
 def left_nothing(row: Row, label: str) -> str:
@@ -287,6 +294,8 @@ def _verdict(
     detail += _times_less(measure, best, against)
     sentence = f"{labels[best]} {title.lower()}: {detail}{_meanwhile(other, best, against)}."
     detail += f"; paired difference {gap_text(measure.gap(best, against), measure.unit)}"
+    beyond = [labels[i] for i in (best, *ties) if results.rows[i].is_beyond_budget]
+    detail += f". The budget of forgetting is NOT kept by {listed(beyond)}" if beyond else ""
     verb = "is" if len(ties) == 1 else "are"
     tied = f" {listed([labels[i] for i in ties])} {verb} not distinguishable from {labels[best]}." if ties else ""
     return Verdict(title, [best, *ties], detail, sentence, tied + unmeasured, against)

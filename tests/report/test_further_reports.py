@@ -83,7 +83,7 @@ STILL_FALLS = [2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3, 1.2]
 
 
 def test_what_a_budget_has_ended_is_not_to_train_on(tmp_path):
-    held = {"measure": "NQ kl", "at_most": 0.1, "then": "stop", "steps": 100}
+    held = {"measure": "NQ kl", "at_most": 0.1, "then": "stop", "steps": 100, "kept": True}
     for how in ({"reached": 40, "strength": 1.0, "step": 40}, {"reached": None, "strength": 0.3, "step": 100}):
         found = results()
         found.rows[1].budget = Budget.model_construct(**held, **how)

@@ -621,6 +621,35 @@ def test_the_base_again_did_not_forget_least():
     assert headline(alone) == "LoRA-Null-v1 is the base again: the budget left nothing of its training."
 
 
+@pytest.mark.parametrize("names", [["v2"], ["v1", "v2"]])
+def test_a_budget_that_is_not_kept_is_said_wherever_a_method_is_named(tmp_path, names):
+    raw_results = measured()
+    beyond = {"at_most": 0.01, "value": 0.05, "then": "repair", "weight": 100.0, "steps": 0, "kept": False}
+    for row in raw_results["rows"][-len(names) :]:
+        row["budget"] = LEFT_NOTHING | beyond
+    told = "NQ KL 0.05 nats per token"
+    each = [f"LoRA-Null-{name} ({told}, at most 0.01 allowed)" for name in names]
+    by = f"The budget of forgetting is NOT kept by {' and '.join(each)}."
+    said = headline(parsed(raw_results))
+    assert said.startswith(by) and "LoRA-Null-v2 forgot least" in said
+    kept, learned = verdicts(parsed(raw_results))
+    assert kept.detail.endswith("The budget of forgetting is NOT kept by LoRA-Null-v2")
+    assert ("NOT kept by LoRA-Null-v1" in learned.detail) == ("v1" in names)
+    alone = parsed(raw_results | {"rows": raw_results["rows"][::3]})
+    assert headline(alone).startswith("The budget of forgetting is NOT kept by LoRA-Null-v2 (")
+    html, md = write(tmp_path, raw_results)
+    them = " and ".join(f"LoRA-Null-{name}" for name in names)
+    next_step = (
+        f"The budget of forgetting is NOT kept by {them}: lower training.learning_rate, calibrate on more texts"
+    )
+    assert f"<strong>Next:</strong> {next_step}" in html and "budget.then=scale" in md
+    assert f"**Next:** {escape_markdown(next_step)}" in md
+    for name in names:
+        account = f"{told} on 9 rows that no probe used, at most 0.01 allowed (repaired at weight 100)."
+        assert f"<strong>LoRA-Null-{name}: the budget is NOT kept</strong>, {account}" in html
+        assert f"- **LoRA-Null-{name}: the budget is NOT kept**, {account}" in md
+
+
 def test_the_base_again_has_no_mark_and_no_place_among_the_distances():
     raw_results = measured(lora_null_v1=kl(0.0, 0.0) | nll(1.530))
     for i in (2, 1):  # then LoRA too, from which distances are counted
