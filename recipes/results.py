@@ -263,6 +263,11 @@ class Row(BaseModel):
         return self.budget is not None and self.budget.left_nothing and self.budget.task is None
 
     @property
+    def is_repaired(self) -> bool:
+        """Whether it is a method's repaired adapter, beside the one that was trained."""
+        return self.method.endswith(REPAIRED.format(""))
+
+    @property
     def is_beyond_budget(self) -> bool:
         """Whether it forgets more than its budget allows, and nothing that was done kept it."""
         return self.budget is not None and not self.budget.kept

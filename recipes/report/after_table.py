@@ -18,6 +18,7 @@ from lora_null.recipes.report.headline import listed
 from lora_null.recipes.report.table import ARROWS, format_column, metric_title, scale_of
 from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, kind_of, settings_text
 
+MIN_POINTS = 4  # that make a curve
 RISEN = 1.05  # a loss that many times its smallest value has turned
 MOST_LEFT = 0.9  # of the learning that a lower strength has to keep to be worth it
 LESS = 0.6  # of the forgetting that it may have
@@ -81,7 +82,8 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
         if row.diverged is not None:
             found.append(Advice(1.0, f"Lower the learning rate of {label}: it diverged at step {row.diverged}."))
             continue
-        held = row.budget is not None and (row.budget.reached is not None or row.budget.strength != 1)
+        kept = row.budget
+        held = kept is not None and (kept.reached is not None or kept.strength != 1 or bool(kept.weight))
         found += [*_by_dial(dial, row, label), *_by_form(results, row, label)]
         if not held:  # more steps would forget more than is allowed
             found += _by_curve(results, log, label)
@@ -96,13 +98,24 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
             "trained without a budget, where lora-null repair RUN/METHOD --max-forgetting keeps it."
         )
     if not judged:
-        return (
-            "No curve was measured that tells what to do next. For an adapter of this run: lora-null dial RUN/METHOD measures "
-            "it at other strengths, lora-null repair RUN/METHOD takes its forgetting out. For the next run: eval.probe or "
-            "eval.strengths."
-        )
+        return _to_be_measured(results, free, [dial for dial in dials if dial])
     gained = f"By the measured curves nothing is to be gained by {' or '.join(judged)}"
     return f"{gained}; of another learning rate or a longer schedule they tell nothing."
+
+
+def _to_be_measured(results: Results, logs: Sequence[TrainLog], dials: Sequence[Dial]) -> str:
+    """What would tell what to do next, of what this run has not measured or done."""
+    now = [] if dials else ["lora-null dial RUN/METHOD measures it at other strengths"]
+    if not any(row.is_repaired for row in results.rows):
+        now.append("lora-null repair RUN/METHOD takes its forgetting out")
+    if points := max((len(values) for log in logs for *_, values in _losses(results, log)), default=0):
+        later = [f"a smaller eval.probe.every (probes at {points} step{'s' * (points > 1)} are no curve)"]
+    else:
+        later = ["eval.probe of a task's NLL" if probe_curves(logs) else "eval.probe"]
+    later += [] if dials else ["eval.strengths"]
+    said = "No curve was measured that tells what to do next."
+    said += f" For an adapter of this run: {', '.join(now)}." if now else ""
+    return f"{said} For the next run: {' or '.join(later)}."
 
 
 def _to_keep_the_budget(results: Results) -> str:
@@ -155,10 +168,14 @@ def _by_curve(results: Results, log: TrainLog, label: str) -> list[Advice]:
 
 
 def _learned(results: Results, log: TrainLog) -> list[tuple[str, list[float], list[float]]]:
-    """The probed losses of the task that are long enough to judge: title, steps and values."""
+    """The probed losses of the task that are long enough to judge."""
+    return [curve for curve in _losses(results, log) if len(curve[2]) >= MIN_POINTS]
+
+
+def _losses(results: Results, log: TrainLog) -> list[tuple[str, list[float], list[float]]]:
+    """The probed losses of the task: title, steps and values."""
     names = [f"{PREFIX}{name}" for name in results.directed_names("task") if kind_of(name) == "nll"]
-    curves = [(title.removeprefix("Probe: "), *log.series(key)) for key, title in probe_curves([log]) if key in names]
-    return [curve for curve in curves if len(curve[2]) >= 4]
+    return [(title.removeprefix("Probe: "), *log.series(key)) for key, title in probe_curves([log]) if key in names]
 
 
 def _by_form(results: Results, row: Row, label: str) -> list[Advice]:

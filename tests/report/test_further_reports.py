@@ -84,7 +84,8 @@ STILL_FALLS = [2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3, 1.2]
 
 def test_what_a_budget_has_ended_is_not_to_train_on(tmp_path):
     held = {"measure": "NQ kl", "at_most": 0.1, "then": "stop", "steps": 100, "kept": True}
-    for how in ({"reached": 40, "strength": 1.0, "step": 40}, {"reached": None, "strength": 0.3, "step": 100}):
+    unbroken = {"reached": None, "strength": 1.0, "step": 100}
+    for how in (unbroken | {"reached": 40}, unbroken | {"strength": 0.3}, unbroken | {"weight": 0.1}):
         found = results()
         found.rows[1].budget = Budget.model_construct(**held, **how)
         said = next_step(found, tmp_path, [TrainLog([]), log(STILL_FALLS)])
@@ -160,6 +161,21 @@ def test_without_curves_nothing_is_claimed(tmp_path):
     said = next_step(results(), tmp_path, [TrainLog([]), TrainLog([])])
     assert "For an adapter of this run: lora-null dial RUN/METHOD measures it" in said
     assert "lora-null repair RUN/METHOD takes its forgetting out" in said
+
+
+def test_what_a_run_has_measured_and_repaired_is_not_what_to_do_next(tmp_path):
+    """A run that repairs is probed before and after its training."""
+    found = results()
+    found.rows.append(found.rows[1].model_copy(update={"method": "lora-repaired"}))
+    said = next_step(found, tmp_path, [TrainLog([]), log([2.0, 1.0]), TrainLog([])])
+    assert said == (
+        "No curve was measured that tells what to do next. For an adapter of this run: lora-null dial RUN/METHOD measures it "
+        "at other strengths. For the next run: a smaller eval.probe.every (probes at 2 steps are no curve) or eval.strengths."
+    )
+    write_dial(tmp_path / "lora" / "dial", Dial(method="lora", model="m", points=[DialPoint(strength=0, metrics={})]))
+    without_losses = TrainLog([{"step": 0, "probe/NQ kl": 0.0}])
+    said = next_step(found, tmp_path, [TrainLog([]), without_losses, TrainLog([])])
+    assert said.endswith("what to do next. For the next run: eval.probe of a task's NLL.")
 
 
 def test_a_sequences_fractions_are_percent_everywhere():
