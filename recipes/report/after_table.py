@@ -43,8 +43,9 @@ def after_table(results: Results, output_dir: Path, logs: Sequence[TrainLog]) ->
             dials.append(shown | {"picture": dial_picture(found, color)})
     kept = results.grid.cells if results.grid else results.rows
     budgets = [(_named(row), row.budget.kept, row.budget.account()) for row in kept if row.budget]
+    several = results.grid or results.sequence or results.of_several_runs  # which have reports of their own
     return {
-        "next": "" if results.grid or results.sequence or results.state else next_step(results, output_dir, logs),
+        "next": "" if several or results.state else next_step(results, output_dir, logs),
         "budgets": budgets,
         "dials": dials,
         "sequence": sequence_tables(results),
