@@ -14,7 +14,7 @@ from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.eval_harness.results import Metric
 from lora_null.recipes.report.dial import Dial, dial_picture, dial_summary, read_dial, table_rows
 from lora_null.recipes.report.figures import row_colors
-from lora_null.recipes.report.headline import listed
+from lora_null.recipes.report.headline import listed, times
 from lora_null.recipes.report.table import ARROWS, format_column, metric_title, scale_of
 from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, kind_of, settings_text
 
@@ -180,18 +180,21 @@ def _losses(results: Results, log: TrainLog) -> list[tuple[str, list[float], lis
 
 
 def _by_form(results: Results, row: Row, label: str) -> list[Advice]:
-    """Other calibration texts, where a method that calibrates forgets far more in another form than in the first."""
+    """Other calibration texts, where a method that calibrates, or a repair, forgets far more in another form than in the first."""
     kls = [name for name in results.directed_names("retention") if kind_of(name) == "kl"]
     estimates = {name: row.estimate(name) for name in kls}
     first = estimates.get(kls[0]) if kls else None
-    if len(kls) < 2 or first is None or not first.value > 0 or not row.method.startswith(("lora-null", "nb-lora")):
+    by_texts = row.is_repaired or row.method.startswith(("lora-null", "nb-lora"))
+    if len(kls) < 2 or first is None or not first.value > 0 or not by_texts:
         return []
     worst = max((e, n) for n, e in estimates.items() if e is not None)
     estimate, name = worst
     apart = estimate.value - (estimate.stderr or 0) > ELSEWHERE * first.upper
     if not apart:
         return []
-    sentence = f"Calibrate {label} on more texts like those of {metric_title(name.rpartition(' ')[0])}: it forgets {estimate.value / first.value:.2g} times as much there ({estimate.value:.2g} nats per token) as on {metric_title(kls[0].rpartition(' ')[0])}."
+    there, here = (metric_title(kl.rpartition(" ")[0]) for kl in (name, kls[0]))
+    more = f"{times(estimate.value / first.value)} as much there ({estimate.value:.2g} nats per token) as on {here}"
+    sentence = f"Calibrate on more texts like those of {there}: {label} forgets {more}."
     return [Advice(1 - first.value / estimate.value, sentence)]
 
 

@@ -148,10 +148,10 @@ def test_no_share_of_a_learning_that_was_none(tmp_path):
 
 
 def test_other_texts_to_calibrate_on(tmp_path):
-    said = next_step(results("lora-null-v2", kl=0.01, other=0.2), tmp_path, [TrainLog([]), log(FLAT)])
-    assert said.startswith(
-        "Calibrate LoRA-Null-v2 on more texts like those of NQ other form: it forgets 20 times as much"
-    )
+    for method, kl, more in (("lora-null-v2", 0.01, "20 ×"), ("lora-repaired", 0.0011, "180 ×")):
+        said = next_step(results(method, kl=kl, other=0.2), tmp_path, [TrainLog([]), log(FLAT)])
+        assert said.startswith("Calibrate on more texts like those of NQ other form: LoRA")
+        assert f" forgets {more} as much there (0.2 nats per token) as on NQ." in said
     assert "nothing is to be gained" in next_step(
         results("lora", kl=0.01, other=0.2), tmp_path, [TrainLog([]), log(FLAT)]
     )
