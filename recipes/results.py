@@ -91,6 +91,13 @@ def scale_of(unit: str | None) -> int:
     return 100 if unit in ("fraction", "points") else 1
 
 
+def digits_to(value: float, step: float) -> int:
+    """Return how many significant digits a value has down to the first one of `step`, at least 1."""
+    if not value or not step or not math.isfinite(value * step):
+        return 1
+    return max(1, math.floor(math.log10(abs(value))) - math.floor(math.log10(abs(step))) + 1)
+
+
 class Seconds(BaseModel):
     """Wall-clock seconds of the initialization, of the training's steps, and of the evaluation.
 
@@ -206,7 +213,10 @@ class Budget(Bound):
         for name, change in self.learned.items() if how else ():
             scale, lost = scale_of(change.unit), _amount(change.lost, change.stderr, name, change.unit)
             told += f"; given up: {lost} of {metric_title(name)} "
-            told += f"({scale * change.kept:.3g} {now}, {scale * change.full:.3g} {before})"
+            full, kept = (
+                f"{scale * x:.{min(9, max(3, digits_to(x, change.lost) + 1))}g}" for x in (change.full, change.kept)
+            )
+            told += f"({kept} {now}, {full} {before})"
         return told
 
 

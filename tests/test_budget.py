@@ -301,6 +301,28 @@ def test_what_is_lost_is_told_as_a_change(measure, unit, said, most):
     assert told.endswith("given up: 12.5 ± 2 points of GSM8K (37.5 as saved, 50 where training ended)")
 
 
+@pytest.mark.parametrize(
+    ("full", "kept", "told"),
+    [
+        (12.4702, 12.5294, "12.529 repaired, 12.47 before"),
+        (2.0, 2.0, "2 repaired, 2 before"),
+        (0.5, 9.7, "9.7 repaired, 0.5"),
+    ],
+)
+def test_what_was_given_up_is_seen_in_the_values_before_and_after(full, kept, told):
+    given_up = GivenUp(full=full, kept=kept, lost=kept - full, stderr=0.01, unit="nats")
+    held = {
+        "measure": "facts kl",
+        "at_most": 0.1,
+        "value": 0.05,
+        "n": 9,
+        "kept": True,
+        "then": "repair",
+        "strength": 1,
+    }
+    assert f"({told}" in Budget(**held, weight=0.1, step=0, steps=0, learned={"sums nll": given_up}).sentence()
+
+
 def recipe(folder, **changes):
     evaluation = {
         "batch_size": 4,

@@ -16,7 +16,7 @@ from typing import Literal
 
 from lora_null.eval_harness.results import Role
 from lora_null.recipes.comparisons import MEANS, averaged
-from lora_null.recipes.results import Estimate, Results, Row, kind_of, mean_in, metric_title, scale_of
+from lora_null.recipes.results import Estimate, Results, Row, digits_to, kind_of, mean_in, metric_title, scale_of
 
 MISSING = "–"
 MOST_DIGITS = 6  # of a decimal fraction; what is smaller is written as a power of ten
@@ -137,8 +137,9 @@ def format_estimate(estimate: Estimate, unit: str | None, digits: int) -> Cell:
     scale = scale_of(unit)
     error = f"{scale * estimate.stderr:.{digits}f}" if estimate.stderr else ""
     text = f"{scale * estimate.value:.{digits}f}"
-    if float(text) == 0 and digits == MOST_DIGITS and estimate.value:
-        return Cell(f"{scale * estimate.value:.1g}", f"{scale * estimate.stderr:.1g}" if estimate.stderr else "")
+    if digits == MOST_DIGITS and ((float(text) == 0 and estimate.value) or (error and float(error) == 0)):
+        shown = digits_to(estimate.value, estimate.stderr or estimate.value)
+        return Cell(f"{scale * estimate.value:.{shown}g}", f"{scale * estimate.stderr:.1g}" if estimate.stderr else "")
     return Cell(text.removeprefix("-") if float(text) == 0 else text, error)
 
 

@@ -231,7 +231,9 @@ def test_a_small_value_without_an_error_is_not_printed_as_the_bases_zero():
     column = estimates((0.0, 0.0), (4e-4,), (-3e-5, 0.0), (1e-9,), (0.0456,), (4.5,))
     texts = ["0.000", "0.00040", "-0.000030", "1e-09", "0.046", "4.500"]
     assert list(map(str, format_column(column, "nats"))) == texts
-    assert str(format_column(estimates((1e-9, 3e-10)), "nats")[0]) == "1e-09 ± 3e-10"
+    tiny = estimates((1e-9, 3e-10), (4.3e-6, 1e-7), (1.00000021, 4e-8), (0.0, 1e-9))
+    texts = ["1e-09 ± 3e-10", "4.3e-06 ± 1e-07", "1.00000021 ± 4e-08", "0 ± 1e-09"]  # an error is never 0.000000
+    assert list(map(str, format_column(tiny, "nats"))) == texts
     assert (times(1e9), times(3e5)) == ("over 1,000,000 ×", "300,000 ×")
 
 
