@@ -153,7 +153,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> Path:
         recipe="comparison",
         model=found[0].model,
         environment={"runs": ", ".join(names)},
-        settings=same | {f"differs: {k}": ", ".join(str(each.get(k)) for each in settings) for k in differing},
+        settings=same | {f"differs: {k}": "; ".join(str(each.get(k)) for each in settings) for k in differing},
         rows=[base.model_copy(update={"metrics": of_base}), *rows],
         state=f"Not finished: {', '.join(unfinished)}." if unfinished else "",
     )

@@ -332,7 +332,7 @@ def test_the_settings_of_a_finished_run_and_of_one_that_goes_on_are_compared_ali
     write_results(other, results().model_copy(update={"settings": settings, "seed": 1}))
     assert main(["report", str(one), str(other), "--out", str(tmp_path / "page")]) == 0
     shown = load_results(tmp_path / "page").settings
-    assert shown == {"learning_rate": 0.01, "differs: max_length": "64, 32", "differs: seed": "0, 1"}
+    assert shown == {"learning_rate": 0.01, "differs: max_length": "64; 32", "differs: seed": "0; 1"}
 
 
 def test_a_page_of_several_runs_has_every_base_and_no_adapter_that_is_not_there(tmp_path):
