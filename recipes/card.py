@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from lora_null.adapters.plain import CONFIG_FILE
+from lora_null.recipes.config.load import whole_paths
 from lora_null.recipes.config.run_folder import RECIPE_FILE
 from lora_null.recipes.config.schema import DATA_FILES, CalibrationSection, Recipe, parse_section
 from lora_null.recipes.models import smollm2
@@ -66,7 +67,7 @@ def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Resu
         "table": results and _table_of(results),
         "difference": None,
     }
-    values = recipe.model_dump(mode="json")
+    values = whole_paths(recipe).model_dump(mode="json")  # a run that goes on has whole paths, and says the same
     for place in (folder, *(path for path in (folder / "adapter", folder / "model") if path.is_dir())):
         state = _where(place, kept, plain) if results else f"Not finished: `{RESUME}` goes on."
         text = _render(values, plan.name, plan.saves, form, name, notes=[state, *notes], **shown)

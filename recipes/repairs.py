@@ -16,6 +16,7 @@ from lora_null.adapters.saved import SavedAdapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes.budget import repair_to_budget
 from lora_null.recipes.card import REPAIR_NOTE, shareable
+from lora_null.recipes.config.load import whole_path
 from lora_null.recipes.config.schema import CalibrationSection, Recipe
 from lora_null.recipes.data.examples import Example
 from lora_null.recipes.job import Job
@@ -79,7 +80,7 @@ def what_is_left_alone(calibration: CalibrationSection) -> str:
 
 def titles_of(calibration: CalibrationSection) -> str:
     """Return the names of its sources, without folders of this machine."""
-    return ", ".join(shareable(source.title) for source in calibration.each)
+    return ", ".join(shareable(whole_path(source.title)) for source in calibration.each)
 
 
 def write_repaired(folder: Path, adapter: SavedAdapter, made: Repair, method: str, purpose: str) -> None:

@@ -571,10 +571,16 @@ def test_the_probe_may_have_rows_of_its_own_and_common_ones_are_not_checked(tmp_
     assert kept["measure"] == measure and kept["n"] == left  # rows 31 to 40 of the whole set were probed
 
 
-def test_a_run_repairs_what_it_trained(tmp_path, capsys):
-    """Beside each adapter stands its repair, at the smallest weight that keeps the budget on rows that no probe used."""
+def test_a_run_repairs_what_it_trained(tmp_path, monkeypatch, capsys):
+    """Beside each adapter stands its repair, at the smallest weight that keeps the budget on rows that no probe used.
+
+    A run that was killed after a repair was saved leaves the same bytes, also where its recipe names texts by a relative path.
+    """
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "facts.jsonl").symlink_to(tmp_path / "facts.jsonl")
+    monkeypatch.chdir(tmp_path)
     words = [str(recipe(tmp_path)), "method.name=[lora,lora-null-v1]", "budget={at_most: 0.05, then: repair}", *WORDS]
-    words += ["training.learning_rate=2e-2"]
+    words += ["training.learning_rate=2e-2", "calibration.path=t/facts.jsonl"]
     assert main(words) == 0
     out, said = tmp_path / "out", capsys.readouterr().out
     raw = json.loads((out / "results.json").read_text())
@@ -599,10 +605,12 @@ def test_a_run_repairs_what_it_trained(tmp_path, capsys):
     page = (out / "report.md").read_text()
     assert "| LoRA, repaired |" in page and "LoRA-Null-v1, repaired: facts KL" in page
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/adapter/*.safetensors")}
+    saved = {path: path.read_bytes() for path in out.glob("*/adapter/adapter_*")}
     for name in ("lora-repaired/row.json", "lora-null-v1/row.json", "results.json"):
         (out / name).unlink()
     assert [row.method for row in results_so_far(out).rows] == ["base", "lora", *[*by_name][3:]]
-    assert main([*words, "--resume"]) == 0
+    assert main([str(out / "recipe.yaml"), "--resume"]) == 0
+    assert len(saved) == 8 and not [str(path) for path, data in saved.items() if path.read_bytes() != data]
     changed = {path.parents[1].name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {
         "lora-repaired",

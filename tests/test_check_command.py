@@ -321,6 +321,17 @@ def test_the_cards_of_a_run_tell_of_the_budget_and_of_no_folder_of_this_machine(
     assert "The budget of forgetting is NOT kept: " in (home / "README.md").read_text()
 
 
+def test_a_card_names_a_relative_path_as_the_whole_one_of_a_run_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "facts.jsonl").write_text('{"text": "a"}')
+    plan, cards = SimpleNamespace(name="lora", saves="adapter"), []
+    for path in ("t/facts.jsonl", str(tmp_path / "t" / "facts.jsonl")):
+        write_run_card(tmp_path / "lora", load_recipe("quickstart", [f"calibration.path={path}"]), plan, None)
+        cards.append((tmp_path / "lora" / "README.md").read_text())
+    assert cards[0] == cards[1] and "measured on facts.jsonl" in cards[0]
+
+
 def test_the_hash_of_another_revision_is_left_out(base, tmp_path, monkeypatch):
     """The hub's cache holds `main`, and no one can say which revision the live model was loaded from."""
     other = save_tiny(tmp_path / "other", seed=1)

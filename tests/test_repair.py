@@ -288,9 +288,13 @@ def test_a_runs_own_measure_is_taken(given, measure, monkeypatch):
     assert (found["measure"], found["at_most"]) == (measure, 0.1)
 
 
-def test_all_sources_are_named_and_no_folder_of_this_machine():
-    section = CalibrationSection.model_validate({"sources": ["general", "/home/me/a.jsonl", "/home/me/b.jsonl"]})
-    assert what_is_left_alone(section) == "to leave the general mix, a.jsonl, b.jsonl alone"
+def test_all_sources_are_named_and_no_folder_of_this_machine(tmp_path, monkeypatch):
+    """Nor a relative one, which is a whole path where the run goes on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "b.jsonl").touch()
+    section = CalibrationSection.model_validate({"sources": ["general", "/home/me/a.jsonl", "t/b.jsonl", "org/set"]})
+    assert what_is_left_alone(section) == "to leave the general mix, a.jsonl, b.jsonl, org/set alone"
 
 
 def test_several_processes_are_refused(monkeypatch, capsys):

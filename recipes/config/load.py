@@ -457,7 +457,7 @@ def _resolve_path(path: str, folder: Path) -> str:
 
 def whole_paths(recipe: Recipe) -> Recipe:
     """Return a copy whose local paths are whole, so that it means the same from any folder."""
-    return _with_paths(recipe.model_copy(deep=True), _whole)
+    return _with_paths(recipe.model_copy(deep=True), whole_path)
 
 
 def without_folders(recipe: Recipe) -> Recipe:
@@ -466,7 +466,8 @@ def without_folders(recipe: Recipe) -> Recipe:
     return found.model_copy(update={"output_dir": Path(recipe.output_dir).name})
 
 
-def _whole(path: str) -> str:
+def whole_path(path: str) -> str:
+    """Return the whole path of what is there; anything else as it is."""
     return str(Path(path).absolute()) if Path(path).exists() else path
 
 
@@ -494,7 +495,7 @@ def _with_paths(recipe: Recipe, resolve: Callable[[str], str]) -> Recipe:
         for key, values in sweep.items():
             if key.rpartition(".")[2] in PATHS:
                 # Whole, since a run's folder and label are made of the value, which is the same then wherever it is resumed.
-                sweep[key] = [_whole(resolve(value)) if isinstance(value, str) else value for value in values]
+                sweep[key] = [whole_path(resolve(value)) if isinstance(value, str) else value for value in values]
     for task in recipe.sequence.tasks if recipe.sequence else ():  # which are checked later and may have any form
         evaluation = task.get("eval")
         entries = evaluation.get("task") if isinstance(evaluation, dict) else None
