@@ -31,6 +31,7 @@ from lora_null.checkpoint_reader import WeightFiles
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.commands import dial
 from lora_null.recipes.commands import export as command
+from lora_null.recipes.results import Budget, Row, write_row
 from lora_null.recipes.trained import find_trained
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import beside, check_free, replacing_folder, write_safetensors
@@ -660,6 +661,27 @@ def test_a_merged_model_keeps_its_own_code(world, tmp_path):
         command._copy_what_reads_it(SimpleNamespace(source=source, form="merged", folder=tmp_path / f"{trusted}"))
         assert (tmp_path / f"{trusted}" / "preprocessor_config.json").is_file()
         assert (tmp_path / f"{trusted}" / "modeling_own.py").is_file() is trusted
+
+
+@pytest.mark.parametrize(
+    ("weight", "kept", "strength", "said"),
+    [
+        (0.1, True, 1.0, "keeps it"),
+        (100, False, 1.0, "does not keep it either"),
+        (0.1, True, 0.5, ""),
+        (0, True, 1.0, ""),
+    ],
+)
+def test_an_adapter_beyond_its_runs_budget_is_told_with_the_one_that_keeps_it(tmp_path, weight, kept, strength, said):
+    held = {"measure": "a kl", "at_most": 0.1, "then": "repair", "step": 0, "steps": 0, "value": 0.0, "n": 9}
+    held = Budget(**held, strength=1, weight=weight, kept=kept)
+    write_row(tmp_path / "lora-repaired", Row(method="lora-repaired", budget=held))
+    base = SimpleNamespace(section=SimpleNamespace(dtype="float32"))
+    source = SimpleNamespace(run=tmp_path, method="lora", elsewhere=None, base=base)
+    made = command.Export(source, "adapter", tmp_path / "out", "base", strength=strength)
+    command._note_budget(made)
+    told = f"This adapter is beyond the run's budget of forgetting; lora-repaired {said}."
+    assert made.notes == ([told] if said else [])
 
 
 def test_an_out_that_cannot_be_replaced_is_told_before_the_work(tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ from lora_null.recipes.environment import choose_device
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.bases import add_eos_id, load_tokenizer
 from lora_null.recipes.output import check_place, check_space
+from lora_null.recipes.results import REPAIRED, read_row
 from lora_null.recipes.trained import (
     PROCESSOR,
     QUANTIZED_NOTE,
@@ -132,6 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
             export.recorded = str(Path(name).resolve()) if Path(name).is_dir() else name
         _note_base(export)
         _note_end(export)
+        _note_budget(export)
         if source.kind == "adapter" and (repaired := source.adapter.metadata.get(REPAIR_NOTE)):
             export.notes.append(repaired)
         _write(export, arguments)
@@ -174,6 +176,16 @@ def _note_base(export: Export) -> None:
         )
     elif Path(export.base_name).is_dir():
         export.notes.append(f"The base is the folder {Path(export.base_name).name}; --base-name gives it a hub id.")
+
+
+def _note_budget(export: Export) -> None:
+    """Say where the run has repaired this adapter because it is beyond its budget."""
+    source = export.source
+    name = REPAIRED.format(source.method)
+    row = None if source.elsewhere or export.strength < 1 else read_row(source.run / name)
+    if row and row.budget and row.budget.weight:
+        keeps = "keeps it" if row.budget.kept else "does not keep it either"
+        export.notes.append(f"This adapter is beyond the run's budget of forgetting; {name} {keeps}.")
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
