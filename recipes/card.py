@@ -83,9 +83,6 @@ def _where(place: Path, kept: Path, plain: bool) -> str:
     return f"{found}{exports}."
 
 
-REPAIR_NOTE = "repair"  # in an adapter's metadata: a sentence about how it was repaired
-
-
 def _kept_of(row: Row) -> list[str]:
     """Say what a budget of forgetting has left of a method."""
     told = [left_nothing(row, display_name(row.method))]

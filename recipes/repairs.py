@@ -11,11 +11,11 @@ from peft import PeftModel
 from torch import nn
 
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, state_of
-from lora_null.adapters.repair import Repair, repair
+from lora_null.adapters.repair import REPAIR_NOTE, Repair, repair
 from lora_null.adapters.saved import SavedAdapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes.budget import repair_to_budget
-from lora_null.recipes.card import REPAIR_NOTE, shareable
+from lora_null.recipes.card import shareable
 from lora_null.recipes.config.load import whole_path
 from lora_null.recipes.config.schema import CalibrationSection, Recipe
 from lora_null.recipes.data.examples import Example

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from lora_null.adapters.base_hash import same_base
 from lora_null.adapters.inspection import check_copies, check_modules
@@ -133,6 +135,14 @@ class Trained:
     def home(self) -> Path:
         """RUN/METHOD, or the folder of an adapter made elsewhere."""
         return self.elsewhere or self.run / self.method
+
+
+def copy_tokenizer(place: Path, folder: Path) -> None:
+    """Copy the tokenizer and the chat templates that lie in a folder, where it has any."""
+    for path in (path for pattern in TOKENIZER for path in place.glob(pattern) if path.is_file()):
+        shutil.copyfile(path, folder / path.name)  # not its mode: a read-only file could not be flushed
+    if (templates := place / CHAT_TEMPLATE_DIR).is_dir():  # those beside the default one, such as tool_use
+        shutil.copytree(templates, folder / templates.name, copy_function=shutil.copyfile)
 
 
 def find_trained(folder: Path, base: str | None = None, *, trust: bool = False) -> Trained:

@@ -12,11 +12,11 @@ from world import make_world, write_rows
 
 from lora_null.eval_harness.documents import read_documents
 from lora_null.recipes.__main__ import main
-from lora_null.recipes.commands.preview import show_samples
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import DataSection
 from lora_null.recipes.data.examples import tokenize, training_data
 from lora_null.recipes.data.templates import TEMPLATES, render
+from lora_null.recipes.preview import show_samples
 from lora_null.utils.errors import UserError
 
 CHATML = (

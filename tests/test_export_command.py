@@ -29,7 +29,6 @@ from lora_null.adapters.truncate import balanced_where_they_cancel, lost_in_16_b
 from lora_null.adapters.verify import compare
 from lora_null.checkpoint_reader import WeightFiles
 from lora_null.recipes.__main__ import main as recipes
-from lora_null.recipes.commands import dial
 from lora_null.recipes.commands import export as command
 from lora_null.recipes.results import Budget, Row, write_row
 from lora_null.recipes.trained import find_trained
@@ -489,7 +488,7 @@ def test_a_folder_in_use_is_not_overwritten(world, tmp_path, capsys, monkeypatch
     (tmp_path / "mine.txt").write_text("mine")
     assert export(world, "lora", tmp_path) == 2
     assert "exists already" in capsys.readouterr().err
-    monkeypatch.setattr(dial, "strength_within", None)  # nothing is measured before
+    monkeypatch.setattr(command, "evaluate_base", None)  # nothing is measured before
     for words in ([str(tmp_path), "--max-forgetting", "1"], [str(tmp_path / "new"), "--rank", "99"]):
         assert main(["export", str(world / "out" / "lora"), "--out", *words]) == 2
     assert "--rank: 99 is not between 1 and the adapter's rank 4" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,12 @@ def test_data_flows_one_way(folder):
         )
         found = set(imported_folders(file.read_text(encoding="utf-8"), package))
         assert found - {folder} <= MAY_IMPORT[folder], file
+
+
+def test_no_command_imports_another():
+    for file in (ROOT / "recipes" / "commands").glob("[a-z]*.py"):
+        found = re.findall(r"lora_null\.recipes\.commands(?:\.| import )(\w+)", file.read_text(encoding="utf-8"))
+        assert set(found) <= {"arguments"}, file
 
 
 def test_links_lead_to_the_folders_of_the_root():

@@ -20,9 +20,8 @@ from world import base, make_world, write_rows
 from lora_null.__main__ import main
 from lora_null.adapters.repair import RIDGE, change, repair, repaired
 from lora_null.adapters.saved import read_adapter
-from lora_null.recipes import caches, trained
+from lora_null.recipes import adapter_job, caches, trained
 from lora_null.recipes.__main__ import main as recipes
-from lora_null.recipes.commands import dial
 from lora_null.recipes.config.schema import CalibrationSection
 from lora_null.recipes.repairs import what_is_left_alone
 
@@ -281,10 +280,10 @@ def test_texts_that_the_model_wrote_after_the_rows_are_those_of_the_run(tmp_path
 )
 def test_a_runs_own_measure_is_taken(given, measure, monkeypatch):
     """By `export --max-forgetting` too."""
-    monkeypatch.setattr(dial, "job_for", lambda source, arguments, scratch, budget: budget)
+    monkeypatch.setattr(adapter_job, "job_for", lambda source, arguments, scratch, budget: budget)
     source = SimpleNamespace(recipe={"budget": {"measure": "a kl", "at_most": 0.3}})
     arguments = SimpleNamespace(**{"max_forgetting": 0.1, "measure": None, "keep": None, "learn": None} | given)
-    found = dial.budget_job(source, arguments, None)
+    found = adapter_job.budget_job(source, arguments, None)
     assert (found["measure"], found["at_most"]) == (measure, 0.1)
 
 

@@ -23,6 +23,7 @@ from lora_null.adapters.saved import SavedAdapter
 from lora_null.factors import Pair
 from lora_null.layerwise import measure_on_each
 
+REPAIR_NOTE = "repair"  # in an adapter's metadata: a sentence about how it was repaired
 # Of c_t, added to C_t's diagonal: directions that neither the task nor the texts use stay as they are, and A' stays small.
 RIDGE = 1e-2
 

@@ -22,7 +22,6 @@ from lora_null.utils.startup import launched_index
 ALLOW, JAILED = "--allow-code-execution", "jailed"
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("adapter", "merged", "gguf")
-QUESTIONS = ("prompt", "response", "template")  # how files of questions are read
 NAMING = ("model", "data", "keep", "base", "calibration")  # options that name a model or data
 # What messages call by the key of a recipe, and a command's user gives by an option.
 KEYS_AS_OPTIONS = {

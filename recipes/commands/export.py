@@ -20,20 +20,22 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import CHAT_TEMPLATE_DIR
 
 from lora_null.adapters.base_hash import FINGERPRINT, base_fingerprint, same_base
 from lora_null.adapters.gguf import gguf_names, load_gguf, read_gguf, write_gguf
 from lora_null.adapters.merge import DTYPES, deltas_of, write_checkpoint
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE, plain_fields, state_of, uniform
+from lora_null.adapters.repair import REPAIR_NOTE
 from lora_null.adapters.strength import Strength
 from lora_null.adapters.truncate import MOST_LOST, balanced_where_they_cancel, check_rank, truncate_all
 from lora_null.adapters.verify import compare, logits_of
 from lora_null.checkpoint_reader import WeightFiles
-from lora_null.recipes.card import REPAIR_NOTE, hub_base, write_card
-from lora_null.recipes.commands.arguments import QUESTIONS
+from lora_null.recipes.adapter_job import QUESTIONS, budget_job, check_budget_options
+from lora_null.recipes.budget import scale_to_budget
+from lora_null.recipes.card import hub_base, write_card
 from lora_null.recipes.config.load import RECIPES
 from lora_null.recipes.environment import choose_device
+from lora_null.recipes.measure import budget_measurement, evaluate_base
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.bases import add_eos_id, load_tokenizer
 from lora_null.recipes.output import check_place, check_space
@@ -41,12 +43,13 @@ from lora_null.recipes.results import REPAIRED, read_row
 from lora_null.recipes.trained import (
     PROCESSOR,
     QUANTIZED_NOTE,
-    TOKENIZER,
     Trained,
     another_base,
     check_adapter_fits,
+    copy_tokenizer,
     find_trained,
 )
+from lora_null.utils.distributed import together
 from lora_null.utils.errors import UserError, first_line
 from lora_null.utils.files import (
     check_free,
@@ -154,14 +157,29 @@ def _strength(source: Trained, arguments: argparse.Namespace) -> tuple[float, st
     check_adapter_fits(source)
     value, measured = arguments.strength, ""
     if value is None:
-        from lora_null.recipes.commands.dial import strength_within
-
         with tempfile.TemporaryDirectory() as scratch:
-            value, measured = strength_within(source, arguments, Path(scratch))
+            value, measured = _strength_within(source, arguments, Path(scratch))
     told = f"Strength {value:.6g}: the change of every weight is {value:.6g} times that of the saved adapter, in lora_alpha"
     if arguments.form == "merged":
         told = told.removesuffix(", in lora_alpha")
     return value, f"{told}. Measured: {measured}." if measured else f"{told}."
+
+
+def _strength_within(source: Trained, arguments: argparse.Namespace, scratch: Path) -> tuple[float, str]:
+    """Return the largest strength that forgets no more than --max-forgetting, and a sentence about it.
+
+    As in a run's budget: sought on the probed rows, checked on the others.
+    """
+    job = together(lambda: budget_job(source, arguments, scratch))
+    evaluate_base(job)
+    model = PeftModel.from_pretrained(source.base.load(), source.folder).eval()
+    held = scale_to_budget(budget_measurement(job, model), Strength(model))
+    if held.strength == 0:
+        raise UserError(
+            f"--max-forgetting: {held.at_most:g} leaves nothing of the adapter; at the smallest strength "
+            f"{held.measure} is beyond it"
+        )
+    return held.strength, held.sentence()
 
 
 def _note_base(export: Export) -> None:
@@ -189,10 +207,7 @@ def _note_budget(export: Export) -> None:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    of_budget = ("measure", "keep", "learn", "limit", *QUESTIONS, "allow_code_execution")
-    idle = next((name for name in of_budget if getattr(arguments, name) not in (None, False)), None)
-    if idle and arguments.max_forgetting is None:
-        raise UserError(f"--{idle.replace('_', '-')}: is for what --max-forgetting measures; give that too")
+    check_budget_options(arguments, "measure", "keep", "learn", "limit", *QUESTIONS, "allow_code_execution")
     if arguments.rank is not None and arguments.form == "merged":
         raise UserError("--rank: a merged model has no rank; use --form adapter or gguf")
     if arguments.rank is not None and arguments.max_forgetting is not None:
@@ -348,14 +363,6 @@ def _stored_dtype(export: Export) -> str:
         with opened(files.folder / name) as file:
             counted.update(DTYPES.get(file.get_slice(key).get_dtype()) for key in file.keys())  # noqa: SIM118
     return str(counted.most_common(1)[0][0]).removeprefix("torch.")
-
-
-def copy_tokenizer(place: Path, folder: Path) -> None:
-    """Copy the tokenizer and the chat templates that lie in a folder, where it has any."""
-    for path in (path for pattern in TOKENIZER for path in place.glob(pattern) if path.is_file()):
-        shutil.copyfile(path, folder / path.name)  # not its mode: a read-only file could not be flushed
-    if (templates := place / CHAT_TEMPLATE_DIR).is_dir():  # those beside the default one, such as tool_use
-        shutil.copytree(templates, folder / templates.name, copy_function=shutil.copyfile)
 
 
 def _copy_what_reads_it(export: Export) -> None:

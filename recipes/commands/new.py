@@ -21,7 +21,6 @@ import yaml
 from trl import DPOConfig, SFTConfig
 
 from lora_null.eval_harness.documents import TEXT_FIELDS, BadRow, Documents
-from lora_null.recipes.commands.preview import show_samples
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import (
     YAML_SUFFIXES,
@@ -50,6 +49,7 @@ from lora_null.recipes.models.bases import empty_model, load_config, load_tokeni
 from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
 from lora_null.recipes.models.quantization import weight_bytes
 from lora_null.recipes.output import check_place
+from lora_null.recipes.preview import show_samples
 from lora_null.recipes.report.render import templates_in
 from lora_null.recipes.results import MIN_ROWS
 from lora_null.targets import bypassed_linears, shape_of

@@ -12,9 +12,7 @@ from typing import Any
 from lora_null.adapters.repair import Repair, repair
 from lora_null.adapters.saved import SavedAdapter
 from lora_null.recipes import caches
-from lora_null.recipes.commands.arguments import QUESTIONS
-from lora_null.recipes.commands.dial import budget_job
-from lora_null.recipes.commands.export import copy_tokenizer
+from lora_null.recipes.adapter_job import QUESTIONS, budget_job, check_budget_options
 from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.run_folder import RECIPE_FILE, TASKS_FOLDER, whole_of
 from lora_null.recipes.config.schema import CalibrationSection, Recipe, calibration_entry, parse_recipe, parse_section
@@ -35,7 +33,7 @@ from lora_null.recipes.repairs import (
     write_repaired,
 )
 from lora_null.recipes.results import REPAIRED
-from lora_null.recipes.trained import Trained, check_adapter_fits, find_trained
+from lora_null.recipes.trained import Trained, check_adapter_fits, copy_tokenizer, find_trained
 from lora_null.recipes.training import read_training_data
 from lora_null.trainer.calibration_data import padded_batches
 from lora_null.utils.errors import UserError
@@ -81,9 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _budget_job(source: Trained, arguments: argparse.Namespace, scratch: Path) -> Job | None:
     """Return what measures --max-forgetting, by the questions of the adapter's run; None where it is not given."""
+    check_budget_options(arguments, "measure", "allow_code_execution")
     if arguments.max_forgetting is None:
-        if idle := next((name for name in ("measure", "allow_code_execution") if getattr(arguments, name)), None):
-            raise UserError(f"--{idle.replace('_', '-')}: is for what --max-forgetting measures; give that too")
         return None
     if arguments.weight is not None:
         raise UserError("--weight: --max-forgetting chooses the weight itself, give one of the two")

@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         print(dump(recipe), end="")
         return 0 if stdout_is_whole() else 1
     if arguments.show_samples is not None:
-        from lora_null.recipes.commands.preview import show_samples
         from lora_null.recipes.grid import written_otherwise
+        from lora_null.recipes.preview import show_samples
         from lora_null.utils.distributed import print_once
 
         stages = stage_recipes(recipe) if recipe.sequence else []
