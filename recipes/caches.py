@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.eval_harness import Evaluation, Task
 from lora_null.eval_harness.evaluation import code_hash
-from lora_null.recipes.config.schema import ModelSection, Recipe
+from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, cut_windows
-from lora_null.recipes.models.bases import attention, base_to_run, model_identity
+from lora_null.recipes.models.bases import Base, attention, base_to_run, model_identity
 from lora_null.recipes.results import EVAL_FILE
 from lora_null.trainer import CalibrationArgs, own_texts
 from lora_null.utils.distributed import get_logger, is_first_process, on_first_process
@@ -38,7 +38,7 @@ def bases_folder() -> Path:
     return cache_root() / "base_evaluations"
 
 
-def base_key(recipe: Recipe, model_name: str, tasks: Sequence[Task], limit: int | None) -> str:
+def base_key(recipe: Recipe, base: Base, tasks: Sequence[Task], limit: int | None) -> str:
     """Return a hash over all that a base model's results depend on, where the tasks are evaluated up to `limit` documents.
 
     That is: its files (a hub model's commit), dtype and attention; every task with its documents (local ones by content),
@@ -51,7 +51,7 @@ def base_key(recipe: Recipe, model_name: str, tasks: Sequence[Task], limit: int 
     compute = [model.dtype, attention(model), section.bf16, section.backend, model.quantization]
     asked = [{"label": t.label, "role": t.role} | t.describe(t.effective_limit(limit)) for t in tasks]
     parts = {
-        "model": model_identity(model, model_name),
+        "model": model_identity(base),
         "compute": [*compute, *filter(None, [model.eos_token, engine, recipe.training.get("tf32")])],
         "tasks": asked,
         "batch_size": section.batch_size,
@@ -96,8 +96,7 @@ def keep_base(key: str, source: Path, found: Evaluation) -> None:
 
 
 def written_windows(
-    section: ModelSection,
-    name: str,
+    base: Base,
     tokenizer: PreTrainedTokenizerBase,
     sources: Sequence[Source],
     cut: CalibrationArgs,
@@ -106,24 +105,23 @@ def written_windows(
     """Return the windows of all sources, of those too whose texts the base writes; it is loaded for the first of these.
 
     Args:
-        section: the recipe's model.
-        name: its folder or hub id.
+        base: the model.
         tokenizer: its tokenizer.
         sources: of the texts.
         cut: how the windows are cut, and the seed.
         cache: take equal texts of an earlier run, and keep these.
     """
-    base = functools.cache(lambda: base_to_run(section, name))
+    model = functools.cache(lambda: base_to_run(base))
 
     def write(source: Source, count: int) -> list[str]:
-        path = cache_root() / "own_texts" / f"{_texts_key(section, name, source, count, cut)}.json"
+        path = cache_root() / "own_texts" / f"{_texts_key(base, source, count, cut)}.json"
         texts = on_first_process(lambda: _read_texts(path)) if cache else None
         if texts is not None:
             if is_first_process():
                 print(f"calibration: {count} texts that the model wrote before ({path})")
             return texts
         options = {"count": count, "max_tokens": cut.max_length, "prompts": source.prompts, "seed": cut.seed}
-        texts = own_texts(base(), tokenizer, **options)
+        texts = own_texts(model(), tokenizer, **options)
         if cache:
             on_first_process(lambda: _keep_texts(path, texts))
         return texts
@@ -131,10 +129,11 @@ def written_windows(
     return cut_windows(sources, tokenizer, cut, write)
 
 
-def _texts_key(section: ModelSection, name: str, source: Source, count: int, cut: CalibrationArgs) -> str:
+def _texts_key(base: Base, source: Source, count: int, cut: CalibrationArgs) -> str:
     """Return a hash over all that the texts depend on."""
+    section = base.section
     parts = {
-        "model": model_identity(section, name),
+        "model": model_identity(base),
         "compute": [section.dtype, section.quantization, attention(section), PartialState().device.type],
         "end": section.eos_token,
         "texts": [source.prompts, count, cut.max_length, cut.seed],

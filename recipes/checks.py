@@ -30,10 +30,10 @@ from lora_null.eval_harness import AnswerTask, MTBenchTask, Task
 from lora_null.eval_harness.likelihood import REFERENCE_BYTES, tokenize_pairs
 from lora_null.eval_harness.lm_eval.loading import manager_of, name_in
 from lora_null.eval_harness.lm_eval.vllm import check_vllm
-from lora_null.recipes.config.schema import YAML_SUFFIXES, LmEvalEntry, ModelSection, MTBenchEntry, Recipe
+from lora_null.recipes.config.schema import YAML_SUFFIXES, LmEvalEntry, MTBenchEntry, Recipe
 from lora_null.recipes.data.examples import Example, TrainingData, tokenize
 from lora_null.recipes.data.templates import CHAT
-from lora_null.recipes.models.bases import attention, load_config
+from lora_null.recipes.models.bases import Base, attention
 from lora_null.recipes.models.plan import MethodPlan, recipe_method, with_method
 from lora_null.recipes.models.quantization import check_bitsandbytes
 from lora_null.recipes.training import TRAINERS, rows_cut_at, training_arguments
@@ -115,7 +115,7 @@ def check_engines(recipe: Recipe, training: SFTConfig | DPOConfig) -> None:
         check_engine(METHODS[name], fsdp=version, zero=plugin and plugin.zero_stage, args=training)
 
 
-def check_weights(model: ModelSection, name: str) -> None:
+def check_weights(name: str) -> None:
     """Check that a local folder holds the model's weights, each file complete; nothing of them is loaded.
 
     Raises:
@@ -201,7 +201,7 @@ def _share_rows(entry: Any, section: Any, most: int | None) -> bool:
     return max(first, start) < min(last, end)
 
 
-def check_answers_end(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase, data: TrainingData) -> None:
+def check_answers_end(recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, data: TrainingData) -> None:
     """Check that an end token is among what is learned, as the trainer does once the model is loaded."""
     if recipe.trainer == "dpo" and recipe.data.template != CHAT and tokenizer.eos_token is None:
         raise UserError("model.eos_token: the tokenizer has no end token, which ends every response; name one")
@@ -214,10 +214,10 @@ def check_answers_end(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerB
     if not any(ends.intersection(labels) for _, labels in looked_at):  # else nothing is asked of a hub
         with contextlib.suppress(OSError):
             ends |= _listed(
-                GenerationConfig.from_pretrained(name, revision=recipe.model.revision or "main").eos_token_id
+                GenerationConfig.from_pretrained(base.name, revision=recipe.model.revision or "main").eos_token_id
             )
         with contextlib.suppress(UserError):
-            ends |= _listed(load_config(recipe.model, name).get_text_config(decoder=True).eos_token_id)
+            ends |= _listed(base.config.get_text_config(decoder=True).eos_token_id)
     check_labels(looked_at, ends, tokenizer.eos_token, cut, recipe.preflight)
 
 

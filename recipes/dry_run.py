@@ -18,7 +18,6 @@ from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.rows import documents_of
 from lora_null.recipes.grid import check_grid, grid_cells, space_of_grid
 from lora_null.recipes.job import Job, check_run, space_of_run
-from lora_null.recipes.models.bases import empty_model
 from lora_null.recipes.models.plan import GIB, MethodPlan, activation_bytes
 from lora_null.recipes.models.quantization import weight_bytes
 from lora_null.recipes.results import EVAL_FILE, LOG_FILE, REPAIRED, RESULTS_FILE
@@ -85,7 +84,7 @@ def _files_of(recipe: Recipe) -> list[str]:
 def _print_plan(recipe: Recipe, job: Job, training: SFTConfig | DPOConfig, rows: int | None) -> None:
     """Print the plan of a run: counts, tokens, steps, memory, files."""
     console = Console(soft_wrap=True)
-    empty = empty_model(job.config, recipe.model)
+    empty = job.model.empty
     size = sum(p.numel() for p in empty.parameters())
     weights, stored = weight_bytes(empty, recipe.model), recipe.model.dtype
     if recipe.model.quantization:
@@ -99,7 +98,7 @@ def _print_plan(recipe: Recipe, job: Job, training: SFTConfig | DPOConfig, rows:
         f"calibrate   {recipe.calibration.title}, {_windows_of(recipe, job)} of at most {recipe.calibration.max_length} "
         f"tokens, {cut}"
     )
-    console.print(_table(job.plans, weights, activation_bytes(job.config, training)))
+    console.print(_table(job.plans, weights, activation_bytes(job.model.config, training)))
     for plan in job.plans:
         if plan.costs:
             console.print(f"{plan.name}: {plan.costs}")

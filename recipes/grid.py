@@ -197,11 +197,11 @@ def _run_cells(recipe: Recipe, cells: Sequence[Cell], of_grid: Job, *, allow_cod
                 if is_first_process():
                     if (cell, row.method) not in before:
                         processes.print_line(_progress(done, cells, cell, row, now - last))
-                    write_results(root, collect(recipe, cells, of_grid.model_name, base))
+                    write_results(root, collect(recipe, cells, of_grid.model.name, base))
                 before, last = done, now
 
             run_job(job, row_done)
-    return collect(recipe, cells, of_grid.model_name, base)
+    return collect(recipe, cells, of_grid.model.name, base)
 
 
 def space_of_grid(recipe: Recipe, cells: Sequence[Cell], job: Job) -> int:
@@ -236,7 +236,7 @@ def check_grid(
                 job.swept_inputs |= _inputs_of_cell(cell, checked)
         decays = cell.methods, dict(cell.point).get("training.weight_decay")
         if starts_alike(recipe.grid) and decays[1] is not None and decays not in planned:
-            plan_methods(own, job.config)  # which ask where decay pulls to
+            plan_methods(own, job.model.config)  # which ask where decay pulls to
             planned.add(decays)
         if cell.seed == first and not job.unreached and any(key not in NUMBERS for key, _ in cell.point):
             rehearse(own, job.tokenizer, job.data)

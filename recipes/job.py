@@ -39,7 +39,7 @@ from lora_null.recipes.data.calibration import Source, Windows, calibration_sour
 from lora_null.recipes.data.examples import TrainingData, tokenize
 from lora_null.recipes.environment import choose_precision
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks, probe_tasks
-from lora_null.recipes.models.bases import hub_commit, known_shape, load_config, load_tokenizer, resolve_name
+from lora_null.recipes.models.bases import Base, hub_commit, known_shape, load_tokenizer
 from lora_null.recipes.models.plan import MethodPlan, adapter_config, plan_methods, recipe_method
 from lora_null.recipes.output import METHOD_FILES
 from lora_null.recipes.probes import ProbePlan, plan_probes
@@ -67,10 +67,9 @@ class Job:
     Attributes:
         recipe: of the run.
         folder: of the run.
-        model_name: folder or hub id of the base.
+        model: the base.
         plans: of the methods.
         base: folder of the base's evaluation.
-        config: the model's.
         tokenizer: the model's; it and all inputs that follow may be missing in a dry run without a hub.
         data: the training rows.
         sources: of the texts to calibrate on.
@@ -95,10 +94,9 @@ class Job:
 
     recipe: Recipe
     folder: Path
-    model_name: str
+    model: Base
     plans: list[MethodPlan]
     base: Path
-    config: Any
     tokenizer: Any = None
     data: TrainingData | None = None
     sources: list[Source] = field(default_factory=list)
@@ -181,10 +179,10 @@ def _beside_the_weights(folder: Path) -> dict[str, str]:
 def inputs_of(job: Job) -> dict[str, str]:
     """Return recipe key → hash of the content that it names, of a checked job; data from the hub is hashed by its rows."""
     found = inputs_beside_the_base(job)
-    files = checkpoint_on_disk(job.model_name, job.recipe.model.revision)  # None before a hub's model is downloaded
+    files = checkpoint_on_disk(job.model.name, job.recipe.model.revision)  # None before a hub's model is downloaded
     if files is not None and any(files.glob("*.safetensors")):
         # Into the hub's cache files come when they are asked for: there the commit tells.
-        beside = hub_commit(job.recipe.model, job.model_name) or _beside_the_weights(files)
+        beside = hub_commit(job.model) or _beside_the_weights(files)
         found["model.name_or_path"] = hash_of([base_fingerprint(files), beside])
     return found | job.swept_inputs
 
@@ -194,9 +192,9 @@ def check_same_everywhere(job: Job) -> None:
     if num_processes() == 1:
         return
     own = {"the recipe": hash_of(dump(without_folders(job.recipe))), **inputs_beside_the_base(job)}
-    here = Path(job.model_name)
+    here = Path(job.model.name)
     # Where the hub does not answer one of them, that one takes what it has.
-    commit = hub_commit(job.recipe.model, job.model_name)
+    commit = hub_commit(job.model)
     own["model.name_or_path"] = hash_of(_beside_the_weights(here) if here.is_dir() else commit)
     first, *others = all_gather(own)
     differing = next((name for other in others for name in first if other.get(name) != first[name]), None)
@@ -250,21 +248,22 @@ def inspect_recipe(
     training = training_arguments(recipe, Path(recipe.output_dir))
     check_packages(recipe, training)
     check_engines(recipe, training)
-    name = resolve_name(recipe.model)
+    model = Base(recipe.model)
+    name = model.name
     unreached: list[str] = []
     reach = functools.partial(_reach, unreached if may_be_unreached else None)
-    config = reach(lambda: load_config(recipe.model, name)) or known_shape(name)
+    config = model.config = reach(lambda: model.config) or known_shape(name)
     if config is None:
         raise UserError(unreached[-1])
     check_predicts_next_token(config, recipe.preflight, "model.name_or_path")
-    check_weights(recipe.model, name)
+    check_weights(name)
     plans = plan_methods(recipe, config)
     check_start(recipe, config, plans)
     folder = Path(recipe.output_dir)
-    job = Job(recipe, folder, name, plans, base or folder / "base", config, unreached=unreached)
+    job = Job(recipe, folder, model, plans, base or folder / "base", unreached=unreached)
     job.allow_code_execution = allow_code_execution
     if not unreached:
-        job.tokenizer = reach(lambda: load_tokenizer(recipe.model, name))
+        job.tokenizer = reach(lambda: load_tokenizer(model))
     if job.tokenizer is None:  # without which no row, window or answer is read
         check_task_names(recipe)
         return job
@@ -279,7 +278,7 @@ def _read_inputs(job: Job, training: SFTConfig | DPOConfig, reach: Callable[[Cal
 
     `reach` computes what may lie on a hub, and returns None where that does not answer.
     """
-    recipe, tokenizer, config = job.recipe, job.tokenizer, job.config
+    recipe, tokenizer, config = job.recipe, job.tokenizer, job.model.config
     job.data = reach(lambda: read_training_data(recipe, tokenizer))
     examples = job.data.examples if job.data is not None else []
     sources = reach(lambda: calibration_sources(recipe.calibration, tokenizer, examples, recipe.data.template))
@@ -290,7 +289,7 @@ def _read_inputs(job: Job, training: SFTConfig | DPOConfig, reach: Callable[[Cal
     limit = position_limit(config)
     if job.data is not None:
         check_last_batch(training, job.data)
-        check_answers_end(recipe, job.model_name, tokenizer, job.data)
+        check_answers_end(recipe, job.model, tokenizer, job.data)
         if limit is not None and limit.hard:
             _check_rows(recipe, tokenizer, training, job.data, limit)
     for task in job.tasks if limit is not None else ():
@@ -311,9 +310,9 @@ def evaluation_job(recipe: Recipe, base: Path, *, allow_code_execution: bool | s
         base: the folder of the base's evaluation.
         allow_code_execution: whether tasks may run what the model writes.
     """
-    name = resolve_name(recipe.model)
+    model = Base(recipe.model)
     choose_precision(recipe)
-    job = Job(recipe, base.parent, name, [], base, None, load_tokenizer(recipe.model, name))
+    job = Job(recipe, base.parent, model, [], base, load_tokenizer(model))
     job.allow_code_execution = allow_code_execution
     job.tasks = validate_tasks(eval_tasks(job.eval_context))
     _plan_measures(job)
@@ -341,7 +340,7 @@ def check_asked_alike(own: Job, base: Job, where: str) -> None:
 
 def _plan_measures(job: Job) -> None:
     """Plan a job's probes and its budget, and name the evaluations of the base that are kept."""
-    recipe, name, tasks = job.recipe, job.model_name, job.tasks
+    recipe, tasks = job.recipe, job.tasks
     own = probe_tasks(job.eval_context)
     job.probe = plan_probes(recipe, tasks, {role: validate_tasks(made) for role, made in own.items()})
     counted = "budget" if recipe.budget else "eval.strengths" if recipe.eval.strengths else None
@@ -363,8 +362,8 @@ def _plan_measures(job: Job) -> None:
         if job.budget and job.budget.then in ("stop", "rewind") and not method.can_stop_early:
             raise UserError(f"budget.then: {plan.name} is as sparse as asked only at its end; use scale or repair")
     if recipe.eval.cache:
-        job.base_key = caches.base_key(recipe, name, tasks, recipe.eval.limit)
-        job.probe_key = job.probe and caches.base_key(recipe, name, job.probe.tasks, None)
+        job.base_key = caches.base_key(recipe, job.model, tasks, recipe.eval.limit)
+        job.probe_key = job.probe and caches.base_key(recipe, job.model, job.probe.tasks, None)
 
 
 def _reach(unreached: list[str] | None, compute: Callable[[], Any]) -> Any:

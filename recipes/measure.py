@@ -42,7 +42,7 @@ def evaluate_base(job: Job) -> Row:
     """Evaluate the untouched base, or read back what a run that shares it found."""
     found = None
     if job.recipe.eval.before and job.tasks:
-        load = functools.cache(lambda: base_to_run(job.recipe.model, job.model_name))
+        load = functools.cache(lambda: base_to_run(job.model))
         found = _find_or_measure(
             job.base, job.tasks, job.base_key, lambda: evaluate_live(job, load(), job.base, base=True)
         )
@@ -115,7 +115,7 @@ def evaluate_live(job: Job, model: Any, folder: Path, *, base: bool) -> Evaluati
     bad = next((name for name, metric in found.metrics.items() if not math.isfinite(metric.value)), None)
     if base and bad:
         raise UserError(
-            f"model.name_or_path: {job.model_name} gives {found.metrics[bad].value} for {bad}; its weights are "
+            f"model.name_or_path: {job.model.name} gives {found.metrics[bad].value} for {bad}; its weights are "
             f"damaged, or {job.recipe.model.dtype} is too narrow for them"
         )
     if is_first_process():
@@ -142,7 +142,7 @@ def _evaluate_by_vllm(
     model.to("cpu")
     free_memory()
     adapter = folder / "adapter" if folder and (folder / "adapter").is_dir() else None
-    whole = job.model_name if adapter or folder is None else str(folder / "model")
+    whole = job.model.name if adapter or folder is None else str(folder / "model")
     rank = read_json(adapter / CONFIG_FILE)["r"] if adapter else 0
     section = job.recipe.model
     engine = {} if job.recipe.eval.vllm is None else job.recipe.eval.vllm.model_dump()

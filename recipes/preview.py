@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.examples import Tokenized, tokenize
-from lora_null.recipes.models.bases import load_tokenizer, resolve_name
+from lora_null.recipes.models.bases import Base, load_tokenizer
 from lora_null.recipes.training import read_training_data, trained_part
 from lora_null.utils.distributed import is_first_process
 from lora_null.utils.errors import UserError
@@ -24,7 +24,7 @@ def show_samples(recipe: Recipe, count: int, console: Console | None = None, mos
     """
     if count < 1:
         raise UserError(f"--show-samples: a whole number of at least 1, not {count}")
-    tokenizer = load_tokenizer(recipe.model, resolve_name(recipe.model))
+    tokenizer = load_tokenizer(Base(recipe.model))
     examples = read_training_data(recipe, tokenizer).examples[:count]
     if not is_first_process():
         return

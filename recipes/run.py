@@ -115,8 +115,8 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
     rows = [evaluate_base(job)]
     if job.windows is None and job.reads_texts:
         # The base writes the texts that it calibrates on, or those that it wrote for an equal recipe are taken.
-        of_base, cache = (job.recipe.model, job.model_name, job.tokenizer), job.recipe.calibration.cache
-        job.use_windows(caches.written_windows(*of_base, job.sources, job.calibration_args, cache))
+        cache = job.recipe.calibration.cache
+        job.use_windows(caches.written_windows(job.model, job.tokenizer, job.sources, job.calibration_args, cache))
         free_memory()
     for plan in job.plans:
         if plan.name not in job.recipe.method.name:
@@ -150,7 +150,7 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
 
 
 def _results(job: Job, rows: list[Row]) -> Results:
-    about = {"recipe": job.recipe.name, "model": job.model_name, "seed": job.recipe.seed}
+    about = {"recipe": job.recipe.name, "model": job.model.name, "seed": job.recipe.seed}
     return Results(**about, environment=environment(), settings=_settings(job), rows=rows)
 
 
@@ -203,7 +203,7 @@ def _repair_method(job: Job, plan: MethodPlan, trained: Row) -> list[Row]:
     adapter, pad = read_adapter(job.folder / plan.name / "adapter"), job.tokenizer.pad_token_id or 0
     rows = rows_of_task(job.recipe, job.data.examples, job.tokenizer)
     batches = [padded_batches(ids, pad) for ids in (job.windows.ids, rows)]
-    made, held, model = repair_within(job, base_to_run(job.recipe.model, job.model_name), adapter, *batches)
+    made, held, model = repair_within(job, base_to_run(job.model), adapter, *batches)
     if not made.weight:
         trained = trained.model_copy(update={"budget": held})
         write_row(job.folder / plan.name, trained)
@@ -324,14 +324,14 @@ def _magnitude(job: Job, plan: MethodPlan, trainer: AnyTrainer, model: Any) -> M
     goes_on = adapted and plan.saves == "adapter" and plan.name in job.previous
     if goes_on:
         return _magnitude_of_saved(job, job.folder / plan.name / "adapter") if is_first_process() else None
-    original = weight_reader(job.recipe.model, job.model_name) if is_first_process() and not adapted else None
+    original = weight_reader(job.model) if is_first_process() and not adapted else None
     changes = weight_changes(trainer.method.layers(model), active_adapter(model), original)
     return Magnitude.of(changes) if is_first_process() else None
 
 
 def _magnitude_of_saved(job: Job, folder: Path) -> Magnitude | None:
     """Return how far a saved adapter takes the weights of its layers from the original base's."""
-    saved, original = read_adapter(folder), weight_reader(job.recipe.model, job.model_name)
+    saved, original = read_adapter(folder), weight_reader(job.model)
     moved = {name: abs(saved.scaling(name)) * norm_of_product(*pair) for name, pair in saved.pairs().items()}
     return Magnitude.of({name: (size, float(original(name).double().norm())) for name, size in moved.items()})
 
@@ -374,9 +374,9 @@ def _make_trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
         and is_launched_with_fsdp2()
         and can_start_in_files(config, method, arguments)
     ):
-        model, weights = base_to_shard(recipe.model, job.model_name)
+        model, weights = base_to_shard(job.model)
     else:
-        model = load_base_after(recipe.model, job.model_name, before)
+        model = load_base_after(job.model, before)
     start = InitOptions(
         cache=recipe.calibration.cache,
         seed=recipe.seed,
@@ -387,7 +387,7 @@ def _make_trainer(job: Job, plan: MethodPlan, folder: Path) -> AnyTrainer:
     reference = {}
     if recipe.trainer == "dpo" and config is None and not arguments.precompute_ref_log_probs:
         # TRL would load it by the model's path alone: of another revision, without code of its own.
-        reference = {"ref_model": load_base_after(recipe.model, job.model_name, before)}
+        reference = {"ref_model": load_base_after(job.model, before)}
     trainer = TRAINERS[recipe.trainer].trainer(
         model=model,
         args=arguments,
@@ -485,6 +485,6 @@ def _settings(job: Job) -> dict[str, Any]:
         "dtype": recipe.model.dtype,
         "quantization": recipe.model.quantization,
         "mixed_precision": training.mixed_precision,
-        "attention": attention(recipe.model, job.config),
+        "attention": attention(recipe.model, job.model.config),
         **{key: text for task in job.tasks for key, text in task.report_notes().items()},
     }

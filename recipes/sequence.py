@@ -218,7 +218,7 @@ def _keep_grams(recipe: Recipe, job: Job, plan: MethodPlan) -> None:
     if not _goes_on(folder):
         return
     rows = training_ids(job)
-    model = load_base_after(job.recipe.model, job.model_name, folder).to(PartialState().device).eval()
+    model = load_base_after(job.model, folder).to(PartialState().device).eval()
     names = read_adapter(folder / "adapter").pairs()
     keep_grams(folder / GRAMS, model, names, padded_batches(rows, 0), sketch=recipe.sequence.sketch)
 

@@ -95,19 +95,18 @@ def _answer(job: Job, folders: Sequence[Path], prompts: Sequence[str], special_t
         prompts: as the task asks them.
         special_tokens: whether the tokenizer puts its own into the prompts; not where these hold them.
     """
-    section = job.recipe.model
-    base: Any = base_to_run(section, job.model_name)
+    base: Any = base_to_run(job.model)
     texts = [_generate(job, base, prompts, special_tokens)]
     for folder in folders:
         if folder.name == "adapter":
-            base = base or base_to_run(section, job.model_name)
+            base = base or base_to_run(job.model)
             model = PeftModel.from_pretrained(base, str(folder))
             texts.append(_generate(job, model, prompts, special_tokens))
             base = model.unload()
         else:
             model = base = None
             free_memory()
-            model = base_to_run(section, str(folder))
+            model = base_to_run(job.model.at(folder))
             texts.append(_generate(job, model, prompts, special_tokens))
     return texts
 

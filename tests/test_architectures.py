@@ -15,7 +15,7 @@ from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.layerwise import DoesNotFit, walk_layers
 from lora_null.recipes.config.schema import ModelSection
-from lora_null.recipes.models.bases import open_base
+from lora_null.recipes.models.bases import Base, open_base
 
 BATCHES = random_batches(count=3, size=4, length=10)
 SMALL = dict(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
@@ -309,7 +309,7 @@ def test_weights_left_in_their_files_give_the_same_bits(name, dtype, tmp_path):
     )
     expected, _ = start_adapter(whole, BATCHES, InitOptions(min_tokens=1, progress=False))
     section = ModelSection(name_or_path=str(tmp_path), dtype=dtype)
-    base, weights = open_base(section, str(tmp_path))
+    base, weights = open_base(Base(section))
     with adapters_in_memory():
         empty = get_peft_model(base, LoraNullConfig(r=2))
     options = InitOptions(min_tokens=1, progress=False, weights=weights, device=torch.device("cpu"))

@@ -13,6 +13,7 @@ from lora_null.recipes import caches, measure, output
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.eval_tasks import EvalContext, eval_tasks
+from lora_null.recipes.models.bases import Base
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import cache_root, keep_newest
 
@@ -58,7 +59,7 @@ def test_a_second_run_takes_the_base_of_the_first(tmp_path, measured, capsys):
 def key(recipe, *changes):
     recipe = load_recipe(str(recipe), changes)
     tasks = eval_tasks(EvalContext(recipe, tiny_tokenizer()))
-    return caches.base_key(recipe, recipe.model.name_or_path, tasks, recipe.eval.limit)
+    return caches.base_key(recipe, Base(recipe.model), tasks, recipe.eval.limit)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from lora_null.recipes.data.calibration import (
     shares,
 )
 from lora_null.recipes.job import inspect_recipe
+from lora_null.recipes.models.bases import Base
 from lora_null.trainer import CalibrationArgs, own_texts, written_texts
 from lora_null.utils.errors import UserError
 
@@ -411,13 +412,13 @@ class TestWhatTheModelWrites:
 
     def test_once_on_a_machine(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("LORA_NULL_CACHE", str(tmp_path / "cache"))
-        section = load_recipe(str(make_world(tmp_path))).model
+        base = Base(load_recipe(str(make_world(tmp_path))).model)
         (source,) = calibration_sources(CalibrationSection(self="bos"), tiny_tokenizer())
 
         def written(**changes):
             cache = changes.pop("cache", True)
             cut = CalibrationArgs(**{"samples": 8, "max_length": 24, "seed": 0} | changes)
-            return caches.written_windows(section, section.name_or_path, tiny_tokenizer(), [source], cut, cache)
+            return caches.written_windows(base, tiny_tokenizer(), [source], cut, cache)
 
         first = written()
         monkeypatch.setattr(caches, "base_to_run", lambda *_: pytest.fail("the model was to write again"))
@@ -559,9 +560,7 @@ def test_windows_may_have_a_seed_of_their_own(tmp_path):
 
 
 def test_own_texts_are_known_by_the_end_they_were_written_to():
-    section = ModelSection(name_or_path="m")
     source, cut = SimpleNamespace(prompts=["a"]), CalibrationArgs()
-    keys = [
-        caches._texts_key(section.model_copy(update={"eos_token": end}), "m", source, 4, cut) for end in (None, "<e>")
-    ]
+    bases = [Base(ModelSection(name_or_path="m", eos_token=end)) for end in (None, "<e>")]
+    keys = [caches._texts_key(base, source, 4, cut) for base in bases]
     assert keys[0] != keys[1]

@@ -23,6 +23,7 @@ from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.card import results_table
 from lora_null.recipes.commands import dial
 from lora_null.recipes.config.run_folder import MARK
+from lora_null.recipes.models import bases
 from lora_null.recipes.report.dial import dial_summary, read_dial, table_rows, write_dial
 from lora_null.recipes.results import EVAL_FILE
 from lora_null.utils.errors import UserError
@@ -287,7 +288,7 @@ def test_an_adapter_that_forgot_is_repaired(world, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_told_before_a_model_loads(world, tmp_path, monkeypatch, capsys, words, message):
-    for place in ((measure, "base_to_run"), (trained, "load_base")):
+    for place in ((measure, "base_to_run"), (bases, "load_base")):
         monkeypatch.setattr(*place, lambda *_: pytest.fail("a model was loaded"))
     places = {
         "world": world,

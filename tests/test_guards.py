@@ -40,7 +40,7 @@ from lora_null import LoraNullConfig, UserError, initialize_lora_null_weights
 from lora_null.recipes import measure
 from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.schema import ModelSection
-from lora_null.recipes.models.bases import load_base, load_tokenizer
+from lora_null.recipes.models.bases import Base, load_base, load_tokenizer
 from lora_null.start import InitOptions
 from lora_null.targets import add_adapter
 from lora_null.trainer import CalibrationArgs, LoraNullDPOTrainer, LoraNullMixin, LoraNullSFTTrainer
@@ -763,20 +763,20 @@ class TestWhatTrains:
 
 
 class TestRecipeTokens:
-    def section(self, folder, **tokens):
+    def base(self, folder, **tokens):
         make_world(folder)
-        return ModelSection(name_or_path=str(folder / "model"), dtype="float32", **tokens)
+        return Base(ModelSection(name_or_path=str(folder / "model"), dtype="float32", **tokens))
 
     def test_without_a_pad_token_the_end_token_pads_as_in_trl(self, tmp_path):
-        section = self.section(tmp_path)
+        base = self.base(tmp_path)
         without_pad().save_pretrained(tmp_path / "model")
-        assert load_tokenizer(section, section.name_or_path).pad_token == "</s>"
+        assert load_tokenizer(base).pad_token == "</s>"
 
     def test_named_ones_are_taken_and_generation_stops_there(self, tmp_path):
-        section = self.section(tmp_path, pad_token="<unk>", eos_token="!")
-        tokenizer = load_tokenizer(section, section.name_or_path)
+        base = self.base(tmp_path, pad_token="<unk>", eos_token="!")
+        tokenizer = load_tokenizer(base)
         assert (tokenizer.pad_token, tokenizer.eos_token) == ("<unk>", "!")
-        model = load_base(section, section.name_or_path)
+        model = load_base(base)
         assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, END]
 
     def test_one_that_is_not_there_is_refused_before_a_model_loads(self, tmp_path, capsys, monkeypatch):

@@ -135,9 +135,9 @@ def test_a_method_of_ones_own_is_among_what_a_resumed_run_checks(tmp_path, monke
     load_method_file(str(mine))
     monkeypatch.setattr("lora_null.recipes.job.METHODS", {**METHODS, "resumed-own": METHODS.pop("resumed-own")})
     method = SimpleNamespace(name=["lora", "resumed-own"], init=None, files=[str(mine)])
-    model = SimpleNamespace(revision=None)
+    model = SimpleNamespace(revision=None, name="x")
     recipe = SimpleNamespace(method=method, model=model, training={}, eval=SimpleNamespace(limit=None, judge=None))
-    job = SimpleNamespace(data=None, recipe=recipe, sources=[], tasks=[], probe=None, model_name="x", swept_inputs={})
+    job = SimpleNamespace(data=None, recipe=recipe, sources=[], tasks=[], probe=None, model=model, swept_inputs={})
     found = []
     for file, text in ((mine, ""), (mine, "# changed\n"), (beside, "gain = 5")):
         file.write_text(file.read_text() + text)

@@ -25,7 +25,7 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import quantization
-from lora_null.recipes.models.bases import empty_model, load_base
+from lora_null.recipes.models.bases import Base, load_base
 from lora_null.recipes.models.plan import plan_methods
 from lora_null.residual import subtract_residuals
 from lora_null.trainer import LoraNullDPOTrainer
@@ -49,7 +49,7 @@ def base(request, folder):
 
 
 def load(folder, form, dtype="float32"):
-    return load_base(ModelSection(name_or_path=str(folder), dtype=dtype, quantization=form), str(folder)).eval()
+    return load_base(Base(ModelSection(name_or_path=str(folder), dtype=dtype, quantization=form))).eval()
 
 
 def started(model, config, batches=BATCHES):
@@ -161,7 +161,7 @@ def test_v1_is_the_residual_form_in_float64(folder):
     """The offset path against W_q − s·B0A0 written out as a plain weight: the same losses over Adam's steps."""
     config = {"r": 4, "lora_alpha": 8, "variant": "v1"}  # s = 2
     ours = started(load(folder, "nf4"), LoraNullConfig(**config))
-    paper = load_base(ModelSection(name_or_path=str(folder), dtype="float32"), str(folder))
+    paper = load(folder, None)
     for name, layer in quantized_layers(load(folder, "nf4")).items():
         paper.get_submodule(name).weight.data = weight_of(layer)
     paper = started(paper, LoraNullConfig(**config))
@@ -255,13 +255,13 @@ def test_merging_is_refused_and_unloading_gives_the_base(base):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_plan_counts_what_is_stored(folder, form):
-    section = ModelSection(name_or_path=str(folder), dtype="bfloat16", quantization=form)
-    model = load_base(section, str(folder))
+    base = Base(ModelSection(name_or_path=str(folder), dtype="bfloat16", quantization=form))
+    model = load_base(base)
     layers = quantized_layers(model)
     quantized = {id(p) for layer in layers.values() for p in layer.parameters()}
     plain = sum(p.nbytes for p in model.parameters() if id(p) not in quantized)
     parts = {key: x for key, x in stored(model).items() if not key.endswith(("quant_map", "__nf4", "weight_format"))}
-    counted = quantization.weight_bytes(empty_model(AutoConfig.from_pretrained(folder), section), section)
+    counted = quantization.weight_bytes(base.empty, base.section)
     assert len(layers) == 14 and not any("lm_head" in name for name in layers)
     assert counted == plain + sum(x.nbytes for x in parts.values())
 

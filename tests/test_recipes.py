@@ -20,7 +20,7 @@ from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.config.stages import stage_recipes
 from lora_null.recipes.data.calibration import Windows
 from lora_null.recipes.grid import Cell, grid_cells
-from lora_null.recipes.models.bases import attention, load_base
+from lora_null.recipes.models.bases import Base, attention, load_base
 from lora_null.recipes.run import _settings
 from lora_null.recipes.training import optimizer_steps, training_arguments
 from lora_null.trainer.methods import METHODS
@@ -402,8 +402,8 @@ def test_a_method_that_trains_on_more_rows_has_steps_of_its_own_among_the_settin
     data = SimpleNamespace(rows=[{}] * 80, bad=[], cut=0)
     for limit, own in (([], 20), (["training.max_steps=7"], None)):
         recipe = load_recipe("math", [*words, *limit], methods="lora,replay")
-        job = SimpleNamespace(recipe=recipe, folder=Path("out"), data=data, config=None, tasks=[], budget=None)
-        job.windows, job.calibrates = Windows([[1, 2]], ["x"]), True
+        job = SimpleNamespace(recipe=recipe, folder=Path("out"), data=data, tasks=[], budget=None)
+        job.model, job.windows, job.calibrates = SimpleNamespace(config=None), Windows([[1, 2]], ["x"]), True
         found = _settings(job)
         assert (
             found["calibration_mode"] == "separate" != recipe.calibration.mode
@@ -547,7 +547,7 @@ def test_attention_is_what_the_model_has(tmp_path, kind, chosen):
     AutoModelForCausalLM.from_config(shape[kind]).save_pretrained(tmp_path)
     section = ModelSection(name_or_path=str(tmp_path))
     assert attention(section, shape[kind]) == chosen
-    assert load_base(section, str(tmp_path)).config._attn_implementation == chosen
+    assert load_base(Base(section)).config._attn_implementation == chosen
 
 
 def test_of_a_word_that_is_given_twice_the_last_counts_and_is_told(caplog, monkeypatch):

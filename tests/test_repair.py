@@ -20,9 +20,10 @@ from world import base, make_world, write_rows
 from lora_null.__main__ import main
 from lora_null.adapters.repair import RIDGE, change, repair, repaired
 from lora_null.adapters.saved import read_adapter
-from lora_null.recipes import adapter_job, caches, trained
+from lora_null.recipes import adapter_job, caches
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.config.schema import CalibrationSection
+from lora_null.recipes.models import bases
 from lora_null.recipes.repairs import what_is_left_alone
 
 R, D_IN, D_OUT, WEIGHT = 2, 7, 5, 0.7
@@ -249,7 +250,7 @@ def test_a_sequence_is_repaired_on_the_rows_of_all_its_tasks(tmp_path, capsys):
 
 def test_an_adapter_of_the_output_layer_is_refused_before_weights_load(world, tmp_path, capsys, monkeypatch):
     get_peft_model(base(world), LoraConfig(r=4, target_modules=["q_proj", "lm_head"])).save_pretrained(tmp_path / "a")
-    monkeypatch.setattr(trained, "load_base", None)
+    monkeypatch.setattr(bases, "load_base", None)
     words = ["--base", str(world / "model"), "--keep", str(world / "facts.jsonl"), "--out", str(tmp_path / "b")]
     assert main(["repair", str(tmp_path / "a"), *words]) == 2
     assert "changes lm_head, whose inputs are not measured" in capsys.readouterr().err

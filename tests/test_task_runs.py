@@ -256,7 +256,8 @@ def test_processes_that_read_other_rows_are_refused(tmp_path, monkeypatch):
         monkeypatch.setattr("lora_null.recipes.job.all_gather", lambda mine: own.append(mine) or [mine])
         check_same_everywhere(check_run(recipe))
     assert own[0] == own[1]
-    for job.model_name, commit in (("me/tiny", "c0"), ("me/tiny", "c1")):
+    job.model = SimpleNamespace(name="me/tiny")
+    for commit in ("c0", "c1"):
         monkeypatch.setattr("lora_null.recipes.job.hub_commit", lambda *_, commit=commit: commit)
         check_same_everywhere(job)
     assert own[2]["model.name_or_path"] != own[3]["model.name_or_path"]

@@ -18,7 +18,7 @@ from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.layerwise import walk_layers
 from lora_null.recipes.config.schema import ModelSection
-from lora_null.recipes.models.bases import open_base
+from lora_null.recipes.models.bases import Base, open_base
 from lora_null.utils.distributed import device_of
 
 EAGER = {"attn_implementation": "eager"}
@@ -62,7 +62,7 @@ def test_layers_run_on_an_accelerator_that_does_not_hold_the_model(tmp_path):
     batches = random_batches()
     X = oracle.capture_inputs(tiny_model().double(), targets(tiny_model()), batches)
     held = get_peft_model(tiny_model(**EAGER).eval(), config), None
-    base, files = open_base(section, str(tmp_path))
+    base, files = open_base(Base(section))
     with adapters_in_memory():
         in_files = get_peft_model(base, config), files
     for model, weights in (held, in_files):

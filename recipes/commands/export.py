@@ -37,11 +37,10 @@ from lora_null.recipes.config.load import RECIPES
 from lora_null.recipes.environment import choose_device
 from lora_null.recipes.measure import budget_measurement, evaluate_base
 from lora_null.recipes.models import smollm2
-from lora_null.recipes.models.bases import add_eos_id, load_tokenizer
+from lora_null.recipes.models.bases import PROCESSOR, add_eos_id, load_tokenizer
 from lora_null.recipes.output import check_place, check_space
 from lora_null.recipes.results import REPAIRED, read_row
 from lora_null.recipes.trained import (
-    PROCESSOR,
     QUANTIZED_NOTE,
     Trained,
     another_base,
@@ -233,7 +232,7 @@ def _note_end(export: Export) -> None:
     """Say what ends an answer, where the base that an adapter is put on does not know of it."""
     base = export.source.base
     if base.section.eos_token is not None and export.form != "merged":
-        end = load_tokenizer(base.section, base.name).eos_token_id
+        end = load_tokenizer(base).eos_token_id
         export.notes.append(f"Answers end with {base.section.eos_token!r}: generate with eos_token_id={end}.")
 
 
@@ -336,7 +335,7 @@ def _write_merged(export: Export, dtype: str | None) -> None:
     config["architectures"] = config.get("architectures") or [type(base.empty).__name__]
     _copy_what_reads_it(export)
     if base.section.eos_token is not None:
-        _end_with(export, config.get("text_config", config), load_tokenizer(base.section, base.name).eos_token_id)
+        _end_with(export, config.get("text_config", config), load_tokenizer(base).eos_token_id)
     write_json(export.folder / "config.json", config)
     if base.section.quantization:
         export.max_error = math.inf  # what differs is mostly the base
@@ -404,10 +403,10 @@ def verify(export: Export) -> Any:
 
 def _reference_logits(export: Export, texts: list[list[int]]) -> tuple[list[Any], list[Any]]:
     """Return the logits of the untouched base and of the run's own result."""
-    model = export.source.base.load(dtype=export.compared_in)
+    model = export.source.base.load(export.compared_in)
     untouched = logits_of(model, texts)
     if export.source.kind == "model":
-        return untouched, logits_of(export.source.base.load(export.source.folder, "float32"), texts)
+        return untouched, logits_of(export.source.base.at(export.source.folder).load("float32"), texts)
     adapted = PeftModel.from_pretrained(model, export.source.folder)
     Strength(adapted).set(export.strength)
     return untouched, logits_of(adapted, texts)
@@ -417,7 +416,7 @@ def _load(export: Export) -> Any:
     """Return the export as its users load it."""
     base = export.source.base
     if export.form == "merged":
-        return base.load(export.folder, export.compared_in, quantized=False)
+        return base.at(export.folder, quantization=None).load(export.compared_in)
     if export.form == "adapter":
         return PeftModel.from_pretrained(base.load(), export.folder)
     return _load_gguf(export)

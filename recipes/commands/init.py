@@ -24,7 +24,7 @@ from lora_null.recipes.config.schema import (
 )
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows, window_args
 from lora_null.recipes.environment import computes_bf16, precision_line
-from lora_null.recipes.models.bases import empty_model, load_base, load_config, load_tokenizer, open_base, resolve_name
+from lora_null.recipes.models.bases import Base, load_base, load_tokenizer, open_base
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.recipes.output import check_place, check_space
 from lora_null.recipes.processes import join_processes
@@ -55,11 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
     check_place(arguments.out, "--out")
     keys = ("revision", "dtype", "quantization")
     given = {key: getattr(arguments, key) for key in keys} | {"name_or_path": arguments.model}
-    section = parse_section(ModelSection, "model", given)
-    device, config = _device(arguments.device, state), _config(section, arguments)
-    together(lambda: _check(section, config, arguments))
-    batches = _batches(section, arguments)
-    peft_model, weights = together(lambda: _model(section, arguments, config))
+    base = Base(parse_section(ModelSection, "model", given))
+    device, config = _device(arguments.device, state), _config(arguments)
+    together(lambda: _check(base, config, arguments))
+    batches = _batches(base, arguments)
+    peft_model, weights = together(lambda: _model(base, arguments, config))
     options = InitOptions(device=device, weights=weights, seed=arguments.seed, cache=not arguments.no_cache)
     report, _ = start_adapter(peft_model, batches, options, folder=arguments.out / "init")
     if is_first_process():
@@ -80,31 +80,30 @@ def _device(name: str | None, state: Any) -> Any:
         raise UserError(f"--device: {first_line(error)}") from None
 
 
-def _batches(model: ModelSection, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _batches(base: Base, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     given = vars(arguments)
     keys = ("split", "field", "template", "samples", "max_length", "mode")
     entry = {key: given[key] for key in keys} | calibration_entry(given["calibration"])
     calibration = parse_section(CalibrationSection, "calibration", entry)
 
     def check() -> tuple[Any, ...]:
-        name = resolve_name(model)
-        tokenizer = load_tokenizer(model, name)
-        cut = window_args(calibration, arguments.seed, load_config(model, name), "--max-length")
+        tokenizer = load_tokenizer(base)
+        cut = window_args(calibration, arguments.seed, base.config, "--max-length")
         sources = calibration_sources(calibration, tokenizer)
         if arguments.low_memory and any(source.texts is None for source in sources):
             raise UserError("--calibration: not self with --low-memory: the model writes with all its weights loaded")
-        return name, tokenizer, cut, sources, cut_windows(sources, tokenizer, cut)
+        return tokenizer, cut, sources, cut_windows(sources, tokenizer, cut)
 
-    name, tokenizer, cut, sources, windows = together(check)
+    tokenizer, cut, sources, windows = together(check)
     if any(source.texts is None for source in sources):
-        windows = caches.written_windows(model, name, tokenizer, sources, cut, not arguments.no_cache)
+        windows = caches.written_windows(base, tokenizer, sources, cut, not arguments.no_cache)
     if is_first_process():
         print(f"calibration: {'; '.join(windows.covered)}")
     windows.check_tokens()
     return padded_batches(windows.ids, tokenizer.pad_token_id)
 
 
-def _config(section: ModelSection, arguments: argparse.Namespace) -> LoraNullConfig:
+def _config(arguments: argparse.Namespace) -> LoraNullConfig:
     return LoraNullConfig(
         r=arguments.rank,
         lora_alpha=arguments.rank if arguments.alpha is None else arguments.alpha,
@@ -113,25 +112,23 @@ def _config(section: ModelSection, arguments: argparse.Namespace) -> LoraNullCon
         null_multiple=arguments.null_multiple,
         null_energy=arguments.null_energy,
         **({} if arguments.start is None else {"start": arguments.start}),
-        revision=section.revision,
+        revision=arguments.revision,
         task_type="CAUSAL_LM",
     )
 
 
-def _check(section: ModelSection, config: LoraNullConfig, arguments: argparse.Namespace) -> None:
+def _check(base: Base, config: LoraNullConfig, arguments: argparse.Namespace) -> None:
     """Put the adapter on the model without weights, before the model itself is loaded to write texts; look for space."""
-    shape = load_config(section, resolve_name(section))
-    check_stored(section, shape)
-    wrapped = add_adapter(empty_model(shape, section), copy.deepcopy(config), low_cpu_mem_usage=True)
+    check_stored(base.section, base.config)
+    wrapped = add_adapter(base.empty, copy.deepcopy(config), low_cpu_mem_usage=True)
     layers = adapted_layers(wrapped, "default")
     check_layers(wrapped, layers)
     size = sum(4 * factor.numel() for layer in layers.values() for factor in factors_of(layer))
     check_space(arguments.out, (3 if config.starts_from_residual else 2) * size, "--out")  # init/ and adapter/
 
 
-def _model(section: ModelSection, arguments: argparse.Namespace, config: LoraNullConfig) -> tuple[Any, Any]:
+def _model(base: Base, arguments: argparse.Namespace, config: LoraNullConfig) -> tuple[Any, Any]:
     """Return the PEFT model, and the files that its weights are still in, or None."""
-    name = resolve_name(section)
-    base, weights = open_base(section, name) if arguments.low_memory else (load_base(section, name), None)
+    model, weights = open_base(base) if arguments.low_memory else (load_base(base), None)
     with adapters_in_memory():
-        return add_adapter(base, copy.deepcopy(config)), weights
+        return add_adapter(model, copy.deepcopy(config)), weights

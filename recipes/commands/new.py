@@ -45,7 +45,7 @@ from lora_null.recipes.data.examples import (
 from lora_null.recipes.data.formats import Format, detect_format
 from lora_null.recipes.data.rows import load_documents
 from lora_null.recipes.environment import accelerator, computes_bf16
-from lora_null.recipes.models.bases import empty_model, load_config, load_tokenizer, resolve_name
+from lora_null.recipes.models.bases import Base, load_tokenizer
 from lora_null.recipes.models.plan import GIB, activation_bytes, plan_methods
 from lora_null.recipes.models.quantization import weight_bytes
 from lora_null.recipes.output import check_place
@@ -253,12 +253,11 @@ def run(arguments: argparse.Namespace) -> None:
 def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
     machine = _machine()
     model = parse_section(ModelSection, "model", {"name_or_path": arguments.model, "dtype": "float32"})
-    name = resolve_name(model)
-    config = load_config(model, name)
+    base = Base(model)
+    config = base.config
     check_predicts_next_token(config, "error", "--model")
-    tokenizer = load_tokenizer(model, name)
-    empty = empty_model(config, model)
-    size = weight_bytes(empty, model)  # in float32
+    tokenizer = load_tokenizer(base)
+    size = weight_bytes(base.empty, model)  # in float32
     model.dtype = "float32" if (machine.on_cpu or not computes_bf16()) and size < machine.memory / 3 else "bfloat16"
     rows = _rows(arguments.data, arguments.split, "data", out)
     data, examples, bad = _data(rows, tokenizer)
@@ -289,7 +288,7 @@ def _draft(arguments: argparse.Namespace, out: Path) -> Draft:
             "name_or_path": _named_from(arguments.model, out) if Path(arguments.model).is_dir() else arguments.model,
             "dtype": model.dtype,
         },
-        adapter=_adapter(config, empty),
+        adapter=_adapter(config, base.empty),
         rows=rows,
         data=rows.keys() | data | ({"limit": rows.learned} if rows.learned else {}),
         training={"max_length": length},

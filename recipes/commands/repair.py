@@ -118,7 +118,7 @@ def _check_layers(source: Trained) -> None:
 
 def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespace) -> tuple[list[Batches], str]:
     """Return the texts to keep, and what was learned (empty where nothing names it), and half a sentence about them."""
-    tokenizer = load_tokenizer(source.base.section, source.base.name)
+    tokenizer = load_tokenizer(source.base)
     rows = functools.cache(lambda: [_training_rows(recipe, tokenizer) for recipe in recipes])
     if arguments.keep is not None:
         section = _named(arguments.keep, "--keep")
@@ -199,7 +199,7 @@ def _windows(
         if option is None:
             raise
         raise type(error)(re.sub(r"^calibration(\.path)?:", f"{option}:", str(error))) from None
-    windows = caches.written_windows(base.section, base.name, tokenizer, sources, cut, section.cache)
+    windows = caches.written_windows(base, tokenizer, sources, cut, section.cache)
     print(f"{label}: {'; '.join(windows.covered)}")
     windows.check_tokens()
     return windows.ids

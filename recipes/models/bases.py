@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib.util
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate import PartialState, init_empty_weights
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import (
@@ -45,6 +46,10 @@ from lora_null.utils.limits import architecture_of, why_unsupported
 from lora_null.utils.quantized import keep_layout, weight_of
 from lora_null.utils.sharding import is_launched_with_fsdp2, shard_layers
 
+TOKENIZER = ["tokeniz*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+PROCESSOR = "*processor*.json"
+TOKENIZER += ["chat_template*", PROCESSOR]
+BASE_FILES = ["*.safetensors", "*.json", *TOKENIZER]
 SHAPES = Path(__file__).parent / "shapes.json"
 
 
@@ -78,31 +83,82 @@ def known_shape(name: str) -> Any | None:
     return AutoConfig.for_model(**shapes[name]) if name in shapes else None
 
 
-def load_config(model: ModelSection, name: str) -> Any:
-    """Return the model's configuration, from its folder or the hub.
+@dataclass
+class Base:
+    """A base model by its name: nothing is read before it is asked for, and nothing twice.
 
-    Raises:
-        UserError: the hub does not give it: gated, unknown or unreachable.
+    Attributes:
+        section: its name, and how it is loaded.
+        named_in: where the name was found, for messages; empty where the user gave it.
     """
-    try:
-        return AutoConfig.from_pretrained(
-            name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
-        )
-    except Exception as error:
-        raise _unreachable(name, error) from None
+
+    section: ModelSection
+    named_in: str = ""
+
+    @cached_property
+    def name(self) -> str:
+        """Folder or hub id, see `resolve_name`; all processes ask for it together the first time."""
+        try:
+            return resolve_name(self.section)
+        except UserError as error:
+            if not self.named_in:
+                raise
+            reason = str(error).removeprefix("model.name_or_path: ")
+            raise UserError(f"the base that {self.named_in} names: {reason}; --base names the right one") from None
+
+    @cached_property
+    def config(self) -> Any:
+        """Its configuration, from its folder or the hub.
+
+        Raises:
+            UserError: the hub does not give it: gated, unknown or unreachable.
+        """
+        options = {"revision": self.section.revision or "main", "trust_remote_code": self.section.trust_remote_code}
+        try:
+            return AutoConfig.from_pretrained(self.name, **options)
+        except Exception as error:
+            raise _unreachable(self.name, error) from None
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of its files, downloaded where the hub has them."""
+        if Path(self.name).is_dir():
+            return Path(self.name)
+        try:
+            return Path(snapshot_download(self.name, revision=self.section.revision, allow_patterns=BASE_FILES))
+        except Exception as error:
+            reason = first_line(error)
+            raise UserError(f"--base: cannot fetch {self.name!r} ({reason}); --base also takes a folder") from None
+
+    @cached_property
+    def empty(self) -> Any:
+        """The model without weights."""
+        return empty_model(self.config, self.section)
+
+    def load(self, dtype: str | None = None) -> Any:
+        """Return a fresh model with its weights on the device, in another dtype than the section's where one is given."""
+        changes = {"name_or_path": self.name, "dtype": dtype}
+        base = self if dtype is None else Base(self.section.model_copy(update=changes))
+        return load_base(base).to(PartialState().device)
+
+    def at(self, folder: Path, **changes: Any) -> Base:
+        """Return a model of its shape that lies in a folder, with other changes of the section."""
+        return Base(self.section.model_copy(update={"name_or_path": str(folder), "revision": None, **changes}))
 
 
-def hub_commit(model: ModelSection, name: str) -> str | None:
+def hub_commit(base: Base) -> str | None:
     """Return the hub's commit that a model's configuration was read from; None for a local folder."""
-    path = try_to_load_from_cache(name, "config.json", revision=model.revision) if not Path(name).exists() else None
+    if Path(base.name).exists():
+        return None
+    path = try_to_load_from_cache(base.name, "config.json", revision=base.section.revision)
     return Path(path).parent.name if isinstance(path, str) else None
 
 
-def model_identity(model: ModelSection, name: str) -> list[Any]:
+def model_identity(base: Base) -> list[Any]:
     """Return what tells a model's files from all others: their sizes and times, or the hub's commit; and whose code reads them."""
-    path, code = Path(name), ["own code"] if model.trust_remote_code else []
+    path, code = Path(base.name), ["own code"] if base.section.trust_remote_code else []
     if not path.is_dir():
-        return [name, model.revision, hub_commit(model, name), *code]
+        return [base.name, base.section.revision, hub_commit(base), *code]
     files = sorted(file for file in path.iterdir() if file.is_file())
     return [str(path.resolve()), *code, *[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
 
@@ -162,12 +218,13 @@ def attention(model: ModelSection, config: Any = None) -> str:
     return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
-def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     """Return the tokenizer, with the recipe's padding and end token; without one to pad with its end token pads, as in TRL.
 
     Raises:
         UserError: it cannot be loaded, has no such token, or none to pad with.
     """
+    model, name = base.section, base.name
     try:
         options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -190,42 +247,42 @@ def load_tokenizer(model: ModelSection, name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def open_base(model: ModelSection, name: str) -> tuple[PreTrainedModel, WeightFiles]:
+def open_base(base: Base) -> tuple[PreTrainedModel, WeightFiles]:
     """Return a fresh base model whose weights stay in their files, and the files; see `open_in_files`."""
-    return open_in_files(functools.partial(load_base, model), name, model.revision)
+    return open_in_files(lambda _, **how: load_base(base, **how), base.name, base.section.revision)
 
 
-def base_to_shard(model: ModelSection, name: str) -> tuple[PreTrainedModel, WeightFiles | None]:
+def base_to_shard(base: Base) -> tuple[PreTrainedModel, WeightFiles | None]:
     """Return a fresh base model for FSDP2 to shard: with its weights in their files where that can be, or else whole."""
-    found = open_to_shard(functools.partial(load_base, model), name, model.revision)
-    return found or (load_base(model, name), None)
+    found = open_to_shard(lambda _, **how: load_base(base, **how), base.name, base.section.revision)
+    return found or (load_base(base), None)
 
 
-def base_to_run(model: ModelSection, name: str) -> PreTrainedModel:
+def base_to_run(base: Base) -> PreTrainedModel:
     """Return a fresh base model on the device, whole on every process; under FSDP2 in pieces if it is too large for that."""
     device = PartialState().device
-    if not is_launched_with_fsdp2() or model.quantization or all(all_gather(fits(load_config(model, name), model))):
-        return load_base(model, name).to(device)
-    base, files = base_to_shard(model, name)
-    shard_layers(base, device)
+    if not is_launched_with_fsdp2() or base.section.quantization or all(all_gather(fits(base))):
+        return load_base(base).to(device)
+    model, files = base_to_shard(base)
+    shard_layers(model, device)
     if files is not None:
-        together(lambda: files.fill(base, device))
-    register_fsdp_forward_method(base, "generate")
-    return base
+        together(lambda: files.fill(model, device))
+    register_fsdp_forward_method(model, "generate")
+    return model
 
 
-def fits(config: Any, model: ModelSection) -> bool:
+def fits(base: Base) -> bool:
     """Return whether a copy of the model on every process takes no more than half of the memory that is free there.
 
     That is the CPU's, where each is loaded, and the GPU's.
     """
-    size = weight_bytes(empty_model(config, model), model)
+    size = weight_bytes(base.empty, base.section)
     if 2 * size * processes_here() >= psutil.virtual_memory().available:
         return False
     return PartialState().device.type != "cuda" or 2 * size < torch.cuda.mem_get_info()[0]
 
 
-def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedModel:
+def load_base(base: Base, **placement: Any) -> PreTrainedModel:
     """Return a fresh base model with its weights, complete and on the CPU; the trainer moves it, or shards it.
 
     A quantized one is on the device. `placement` goes to transformers.
@@ -233,7 +290,7 @@ def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedMod
     Raises:
         UserError: the weights cannot be loaded.
     """
-    config = load_config(model, name)
+    model, name, config = base.section, base.name, base.config
     quantized, kind, how = loading_options(model, PartialState().device), _class_of(config), attention(model, config)
     if model.attn_implementation == "auto" and how != "flash_attention_2":
         how = None  # transformers takes sdpa, or eager where the model has no other, own code included
@@ -260,38 +317,38 @@ def load_base(model: ModelSection, name: str, **placement: Any) -> PreTrainedMod
     check_unadapted(loaded)
     keep_layout(loaded)
     if model.eos_token is not None:  # as TRL's `eos_token` does
-        end = load_tokenizer(model, name).eos_token_id
+        end = load_tokenizer(base).eos_token_id
         loaded.generation_config.eos_token_id = add_eos_id(end, loaded.generation_config.eos_token_id)
         loaded.config.get_text_config(decoder=True).eos_token_id = end
     return loaded
 
 
-def load_base_after(section: ModelSection, name: str, before: Path | None) -> Any:
+def load_base_after(base: Base, before: Path | None) -> Any:
     """Return the base with what the tasks before have changed in its weights; its files stay as they are.
 
     Args:
-        section, name: of the base, as in `load_base`.
+        base: of the run.
         before: METHOD of the task before; None for the first task.
     """
     if before is not None and (before / "model").is_dir():
-        return load_base(section.model_copy(update={"revision": None}), str(before / "model"))
-    model = load_base(section, name)
+        return load_base(base.at(before / "model"))
+    model = load_base(base)
     if before is not None:
         add_to_weights(model, read_adapter(before / "adapter"))
     return model
 
 
-def weight_reader(model: ModelSection, name: str) -> Callable[[str], torch.Tensor]:
+def weight_reader(base: Base) -> Callable[[str], torch.Tensor]:
     """Return what reads W0 (d_out, d_in) of a base's linear by its name, one weight at a time where its files allow it."""
     try:
         with complete_at_load():
-            base, files = open_base(model, name)
+            model, files = open_base(base)
     except UserError:
-        whole = load_base(model, name)
+        whole = load_base(base)
         return lambda linear: weight_of(whole.get_submodule(linear))
 
     def read(linear: str) -> torch.Tensor:
-        module = base.get_submodule(linear)
+        module = model.get_submodule(linear)
         with files.loaded(module, linear):
             return weight_of(module).clone()
 

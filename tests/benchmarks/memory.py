@@ -30,7 +30,7 @@ from lora_null.initialize import InitOptions, start_adapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.environment import reset_peak_memory
-from lora_null.recipes.models.bases import open_base
+from lora_null.recipes.models.bases import Base, open_base
 
 TURNS = 3  # the peak varies by a layer's worth from process to process
 SHAPES = {  # layers, width, inner, heads, of them for keys and values, rank, windows, their length, dtype
@@ -92,7 +92,7 @@ def _work(folder: Path, shape: str, device: torch.device) -> dict[str, Any]:
     *_, rank, windows, length, dtype = SHAPES[shape]
     config = AutoConfig.from_pretrained(folder)
     section = ModelSection(name_or_path=str(folder), dtype=dtype)
-    base, weights = open_base(section, str(folder))
+    base, weights = open_base(Base(section))
     with adapters_in_memory():
         peft_model = get_peft_model(base, LoraNullConfig(r=rank, variant="v2"))
     ids = torch.randint(0, config.vocab_size, (windows, length), generator=torch.Generator().manual_seed(0))
