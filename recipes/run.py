@@ -200,9 +200,9 @@ def _repair_method(job: Job, plan: MethodPlan, trained: Row) -> list[Row]:
     finished = read_row(folder)
     if finished is not None and lost_of(folder, finished) is None:
         return [trained, finished]
-    adapter, pad = read_adapter(job.folder / plan.name / "adapter"), job.tokenizer.pad_token_id or 0
+    adapter = read_adapter(job.folder / plan.name / "adapter")
     rows = rows_of_task(job.recipe, job.data.examples, job.tokenizer)
-    batches = [padded_batches(ids, pad) for ids in (job.windows.ids, rows)]
+    batches = [padded_batches(ids, job.tokenizer.pad_token_id) for ids in (job.windows.ids, rows)]
     made, held, model = repair_within(job, base_to_run(job.model), adapter, *batches)
     if not made.weight:
         trained = trained.model_copy(update={"budget": held})

@@ -139,8 +139,7 @@ def _batches(source: Trained, recipes: list[Recipe], arguments: argparse.Namespa
         lacks = "none, all directions count alike; --data names what it was trained on, and more of that is left"
         print(f"task: {spread if task else lacks}")
         told += " and do what it does on its training rows" if task else ""
-    pad = tokenizer.pad_token_id or 0
-    return [padded_batches(ids, pad) if ids else [] for ids in (keep, task)], told
+    return [padded_batches(ids, tokenizer.pad_token_id) for ids in (keep, task)], told
 
 
 def _folder_for(source: Trained, arguments: argparse.Namespace) -> Path:
