@@ -16,20 +16,19 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from lora_null.eval_harness import Evaluation, Task
-from lora_null.eval_harness.evaluation import code_hash
+from lora_null.eval_harness import Evaluation, Task, evaluation
 from lora_null.recipes.config.schema import Recipe
 from lora_null.recipes.data.calibration import Source, Windows, cut_windows
 from lora_null.recipes.models.bases import Base, attention, base_to_run, model_identity
 from lora_null.recipes.results import EVAL_FILE
 from lora_null.trainer import CalibrationArgs, own_texts
-from lora_null.utils.distributed import get_logger, is_first_process, on_first_process
+from lora_null.utils.distributed import get_logger, is_first_process, num_processes, on_first_process
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import cache_root, hash_of, keep_newest, link, replacing_folder, write_json
 
 logger = get_logger(__name__)
 
-PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "math-verify")
+PACKAGES = tuple(name for name in evaluation.PACKAGES if name != "peft")  # by which no base is loaded
 MAX_BASES, MAX_TEXTS = 16, 32  # the most entries that are kept; the longest unused goes first
 
 
@@ -56,9 +55,9 @@ def base_key(recipe: Recipe, base: Base, tasks: Sequence[Task], limit: int | Non
         "tasks": asked,
         "batch_size": section.batch_size,
         "device": [PartialState().device.type, torch.cuda.get_device_name() if torch.cuda.is_available() else None],
-        "processes": PartialState().num_processes,
+        "processes": num_processes(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
-        "code": code_hash(),
+        "code": evaluation.code_hash(),
     }
     return hash_of(parts)
 

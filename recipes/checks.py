@@ -43,7 +43,7 @@ from lora_null.trainer.collated_rows import check_labels
 from lora_null.trainer.methods import METHODS, check_engine
 from lora_null.trainer.optimizers import named_optimizer
 from lora_null.trainer.preflight import raise_or_warn
-from lora_null.utils.distributed import get_logger
+from lora_null.utils.distributed import get_logger, num_processes
 from lora_null.utils.errors import UserError, first_line
 
 logger = get_logger(__name__)
@@ -154,7 +154,7 @@ def check_weights(name: str) -> None:
 
 def check_last_batch(training: SFTConfig | DPOConfig, data: TrainingData) -> None:
     """Raise a UserError where the rows do not fill the one batch without which `dataloader_drop_last` leaves nothing."""
-    batch = training.per_device_train_batch_size * PartialState().num_processes
+    batch = training.per_device_train_batch_size * num_processes()
     if training.dataloader_drop_last and len(data.rows) < batch:
         raise UserError(
             f"training.dataloader_drop_last: {len(data.rows)} rows fill no batch of {batch}, so that none is left to train on"

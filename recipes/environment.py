@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from lora_null import __version__
 from lora_null.recipes.config.schema import Recipe
-from lora_null.utils.distributed import processes_here
+from lora_null.utils.distributed import is_first_process, num_processes, processes_here
 from lora_null.utils.limits import has_float64
 from lora_null.utils.model_state import release_freed_memory
 
@@ -34,7 +33,6 @@ OPTIONAL = ("bitsandbytes",)
 
 def environment() -> dict[str, Any]:
     """Return versions, git state of the package's source, device and platform, ready for results.json."""
-    state = PartialState()
     threads = torch.get_num_threads()
     cpu = f"CPU, {threads} thread{'s' * (threads != 1)}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
@@ -46,7 +44,7 @@ def environment() -> dict[str, Any]:
         "lora_null": __version__,  # also of a checkout that is not installed
         "git": _git_state(),
         "device": device,
-        "processes": state.num_processes,
+        "processes": num_processes(),
         "platform": platform.platform(),
         "command": command_line(),
     }
@@ -126,9 +124,9 @@ def choose_precision(recipe: Recipe) -> None:
         recipe.training["bf16"] = native and not recipe.training.get("fp16") and not deepspeed
         if deepspeed and native:
             keys.remove("training.bf16")
-            if PartialState().is_main_process:
+            if is_first_process():
                 print("precision   float32: DeepSpeed would turn the adapter itself into bf16 (training.bf16 auto)")
-    if keys and PartialState().is_main_process:
+    if keys and is_first_process():
         print(precision_line(native, keys))
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import PartialState
 from accelerate.utils import patch_environment
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -19,7 +18,7 @@ from lora_null.recipes.environment import accelerator, choose_precision
 from lora_null.recipes.private_names import take_one_gpu
 from lora_null.trainer import LoraNullDPOTrainer, LoraNullSFTTrainer
 from lora_null.trainer.calibration_data import kept_part
-from lora_null.utils.distributed import print_once
+from lora_null.utils.distributed import num_processes, print_once
 from lora_null.utils.errors import UserError, first_line
 
 
@@ -61,8 +60,8 @@ def training_arguments(recipe: Recipe, folder: Path, **replaced: Any) -> SFTConf
     options["report_to"] = options["report_to"] or "none"
     options.setdefault("logging_nan_inf_filter", False)  # a loss that is not finite must be seen
     if (total := options.pop("total_batch_size", None)) is not None:
-        _share_out_batch(options, total, PartialState().num_processes)
-    if PartialState().num_processes > 1 and options.get("precompute_ref_log_probs"):
+        _share_out_batch(options, total, num_processes())
+    if num_processes() > 1 and options.get("precompute_ref_log_probs"):
         raise UserError(
             "training.precompute_ref_log_probs: TRL leaves what it computes beside a file of rows, where a recipe has none "
             "that several processes share; leave it out, or start one process"
@@ -118,7 +117,7 @@ def _check_batch_sharing(training: SFTConfig | DPOConfig) -> None:
                 f"training.accelerator_config: {name} shares out batches another way than the recipe, whose total_batch_size "
                 "is that of all processes; leave it out"
             )
-    if not given.even_batches and PartialState().num_processes > 1 and not training.dataloader_drop_last:
+    if not given.even_batches and num_processes() > 1 and not training.dataloader_drop_last:
         raise UserError(
             "training.accelerator_config: even_batches=false lets a process lack the last batch, and the others wait for it; "
             "dataloader_drop_last leaves such rows out"
@@ -176,7 +175,7 @@ def _share_out_batch(options: dict[str, Any], total: int, processes: int) -> Non
 
 def total_batch(training: SFTConfig | DPOConfig) -> int:
     """Return the sequences of one optimizer step over all processes."""
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * num_processes()
 
 
 def optimizer_steps(training: SFTConfig | DPOConfig, rows: int | None) -> int | None:

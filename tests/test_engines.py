@@ -286,7 +286,7 @@ def test_the_index_of_a_process_alone_silences_nothing(monkeypatch, capsys):
 
 @pytest.mark.parametrize("given", [{"split_batches": True}, {"dispatch_batches": True}, {"even_batches": False}])
 def test_batches_that_are_not_the_recipes_are_refused(tmp_path, monkeypatch, given):
-    monkeypatch.setattr("lora_null.recipes.training.PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("lora_null.recipes.training.num_processes", lambda: 2)
     recipe = make_world(tmp_path, training={"accelerator_config": given})
     with pytest.raises(UserError, match=f"training.accelerator_config: {next(iter(given))}"):
         training_arguments(load_recipe(str(recipe)), tmp_path)

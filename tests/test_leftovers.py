@@ -505,7 +505,7 @@ def test_a_batch_is_given_in_either_way(words, steps, tmp_path):
     ],
 )
 def test_processes_share_out_the_total_batch(words, processes, batch, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+    monkeypatch.setattr(training, "num_processes", lambda: processes)
     recipe = load_recipe("quickstart", words)
     if batch is None:
         with pytest.raises(UserError, match="is not a multiple of per_device_train_batch_size × processes"):

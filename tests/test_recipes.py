@@ -536,7 +536,7 @@ def test_a_reference_ahead_needs_one_process(monkeypatch, tmp_path):
     """TRL keeps it beside a file of rows; the rows of a recipe lie in each process's memory."""
     recipe = load_recipe("ultrafeedback", ["training.precompute_ref_log_probs=true", "training.total_batch_size=null"])
     assert training_arguments(recipe, tmp_path).precompute_ref_log_probs
-    monkeypatch.setattr("lora_null.recipes.training.PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("lora_null.recipes.training.num_processes", lambda: 2)
     with pytest.raises(UserError, match=r"training.precompute_ref_log_probs: .* or start one process"):
         training_arguments(recipe, tmp_path)
 
