@@ -28,7 +28,7 @@ from lora_null.eval_harness.results import Metric
 from lora_null.eval_harness.tasks import Task, reference_path
 from lora_null.utils.distributed import broadcast, get_logger, is_first_process, on_first_process
 from lora_null.utils.errors import UserError
-from lora_null.utils.files import read_json, write_json, write_text
+from lora_null.utils.files import nan_as_null, read_json, write_json, write_text
 from lora_null.utils.model_state import start_that_rewrites
 
 logger = get_logger(__name__)
@@ -242,11 +242,7 @@ class Probe(TrainerCallback):
 
     def save_state(self, checkpoint: Path) -> None:
         """Write what was found so far into a checkpoint; trainers of `lora_null.trainer` call it."""
-        points = [asdict(point) for point in self.points]
-        for number in (metric for point in points for metric in point["metrics"].values()):
-            number |= {key: None for key in ("value", "stderr") if not math.isfinite(number[key] or 0)}
-        for samples in (point["samples"] for point in points):
-            samples |= {name: [x if math.isfinite(x) else None for x in values] for name, values in samples.items()}
+        points = nan_as_null([asdict(point) for point in self.points])
         write_json(checkpoint / STATE_FILE, {"every": self.every, "points": points})
 
     def load_state(self, checkpoint: Path) -> None:

@@ -22,7 +22,7 @@ from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.recipes.environment import free_memory
 from lora_null.recipes.results import Row, load_log
 from lora_null.utils.distributed import is_first_process
-from lora_null.utils.files import check_held, write_text
+from lora_null.utils.files import check_held, nan_as_null, write_text
 from lora_null.utils.sharding import whole_parameters
 from lora_null.utils.startup import SIGTERM_STATUS, end_with_launcher
 
@@ -121,9 +121,7 @@ class WriteLog(TrainerCallback):
         if not state.is_world_process_zero or not logs or ("loss" not in logs and not probes):
             return
         line = {ours: logs[theirs] for theirs, ours in self.logged.items() if theirs in logs} | probes
-        bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
-        line |= dict.fromkeys(bad)  # JSON has no NaN
-        line = {"step": state.global_step, **line}
+        line = {"step": state.global_step, **nan_as_null(line)}
         if "tokens" in line:
             line["tokens"] += self.tokens_before
         line["seconds"] = round(self._until_now(), 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -213,6 +214,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically; NaN is refused, missing values are null."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def nan_as_null(value: Any) -> Any:
+    """Return a value with None for every NaN and infinity in its lists and dicts: JSON has none."""
+    if isinstance(value, dict):
+        return {key: nan_as_null(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return list(map(nan_as_null, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
