@@ -46,6 +46,7 @@ class PreferenceTask(Task):
     role: Role = "task"
 
     noise_documents: ClassVar[int | None] = None
+    in_training_template: ClassVar[bool] = True
 
     @property
     def metric_names(self) -> list[str]:
@@ -54,10 +55,6 @@ class PreferenceTask(Task):
     def has_noise(self, metric: str) -> bool:
         """The base's margins are rounding alone, and its accuracy would be that of their signs."""
         return not metric.endswith("accuracy")
-
-    @property
-    def in_training_template(self) -> bool:
-        return True
 
     @property
     def reference_file(self) -> str:

@@ -87,6 +87,7 @@ class Task(ABC):
         max_batch_size: sequences of a forward pass, at most, whatever the whole evaluation takes; None for no limit of its own.
         hard_position_limit: whether it cannot go beyond the positions that a rotary model was trained on, as other tasks can.
         runs_on_engine: whether `RunOptions.engine` can stand in for the live model.
+        in_training_template: whether its prompts are framed by the template of the training data.
         output_folder: the folder in `RunOptions.output_dir` that it writes into, which no other task of an evaluation may.
     """
 
@@ -97,6 +98,7 @@ class Task(ABC):
     max_batch_size: ClassVar[int | None] = None
     hard_position_limit: ClassVar[bool] = False
     runs_on_engine: ClassVar[bool] = False
+    in_training_template: ClassVar[bool] = False
     output_folder: ClassVar[str] = ""
 
     @property
@@ -140,11 +142,6 @@ class Task(ABC):
     def has_noise(self, metric: str) -> bool:
         """Return whether measuring a base model again tells by how much rounding changes that metric."""
         return True
-
-    @property
-    def in_training_template(self) -> bool:
-        """Whether its prompts are framed by the template of the training data."""
-        return False
 
     def report_notes(self) -> dict[str, str]:
         """Return what a report should say of how this is measured, by a name: who grades, what holds the code."""

@@ -97,6 +97,7 @@ class MTBenchTask(Task):
     """
 
     output_folder: ClassVar[str] = "mt_bench"
+    in_training_template: ClassVar[bool] = True
 
     name: str
     questions: list[dict[str, Any]] = field(repr=False)
@@ -106,10 +107,6 @@ class MTBenchTask(Task):
     judge: Judge | None = None
     max_new_tokens: int = 1024
     role: Role = "task"
-
-    @property
-    def in_training_template(self) -> bool:
-        return True
 
     def check(self) -> None:
         super().check()
