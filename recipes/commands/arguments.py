@@ -50,10 +50,6 @@ KEYS_AS_OPTIONS = {
         for command in ("export", "dial", "check", "repair")
     },
 }
-MEASURE = (
-    "--max-forgetting: a metric, several times for several, or all: the first of every entry (default: those of the run's "
-    "budget, else the first KL, else the first metric)"
-)
 MAX_WEIGHT = 1e6  # of a repair
 STRENGTHS, MAX_STRENGTH = "0,0.2,0.4,0.6,0.8,1,1.25", 2.0
 
@@ -303,13 +299,7 @@ def _export(parser: Any) -> None:
     _add_source(add)
     add("--base-name", metavar="ID", help="hub id of the base, for the config and the card")
     add("--strength", type=strength, metavar="S", help="write ΔW times S; 1 is the adapter as saved")
-    add(
-        "--max-forgetting",
-        type=amounts,
-        metavar="X",
-        help="write ΔW times the largest factor that forgets no more than X, measured",
-    )
-    add("--measure", action="append", metavar="NAME", help=MEASURE)
+    _add_budget(add, "write ΔW times the largest factor that forgets no more than X, measured")
     _add_questions(add)
     add("--license", metavar="ID", help="license of the base, where its card does not say")
     add(
@@ -333,6 +323,18 @@ def _add_trust(add: Any) -> None:
         "--trust-remote-code",
         action="store_true",
         help="run code that the base's repository ships, once you have read it",
+    )
+
+
+def _add_budget(add: Any, about: str) -> None:
+    """Add how much may be forgotten, and by which metrics."""
+    add("--max-forgetting", type=amounts, metavar="X", help=about)
+    add(
+        "--measure",
+        action="append",
+        metavar="NAME",
+        help="--max-forgetting: a metric, several times for several, or all: the first of every entry (default: those of the "
+        "run's budget, else the first KL, else the first metric)",
     )
 
 
@@ -368,8 +370,7 @@ def _dial(parser: Any) -> None:
     add = _adder(parser)
     about = f"factors by which ΔW is multiplied; 1 is the adapter as saved (default {STRENGTHS})"
     add("--strengths", type=strengths, default=STRENGTHS, metavar="S,S", help=about)
-    add("--max-forgetting", type=amounts, metavar="X", help="say which of them forgets no more than X")
-    add("--measure", action="append", metavar="NAME", help=MEASURE)
+    _add_budget(add, "say which of them forgets no more than X")
     _add_source(add)
     add("--out", type=Path, help="folder in which `dial` is written (default: RUN/METHOD)", complete=shtab.DIRECTORY)
     _add_questions(add)
@@ -384,9 +385,7 @@ def _repair(parser: Any) -> None:
     add("--data", metavar="PATH", help="what was learned (default: the run's training rows)", complete=shtab.FILE)
     about = "of the texts to keep, compared with what was learned; more keeps more (default 1)"
     add("--weight", type=weight, metavar="W", help=about)
-    about = "or the smallest weight that forgets no more than X, measured by the run's own questions"
-    add("--max-forgetting", type=amounts, metavar="X", help=about)
-    add("--measure", action="append", metavar="NAME", help=MEASURE)
+    _add_budget(add, "or the smallest weight that forgets no more than X, measured by the run's own questions")
     _add_consent(add)
     _add_source(add)
     about = "folder to write (default: RUN/METHOD-repaired)"
