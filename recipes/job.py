@@ -120,14 +120,9 @@ class Job:
 
     def use_windows(self, windows: Windows) -> None:
         """Calibrate on these windows; raise a UserError for fewer tokens than a method's start can be computed from."""
-        if any(plan.gram_bytes for plan in self.plans) or self.repairs:
+        if any(plan.gram_bytes for plan in self.plans) or self.recipe.repairs:
             windows.check_tokens()
         self.windows = windows
-
-    @property
-    def repairs(self) -> bool:
-        """As `Recipe.repairs`."""
-        return self.recipe.repairs
 
     @property
     def calibrates(self) -> bool:
@@ -138,7 +133,7 @@ class Job:
     @property
     def reads_texts(self) -> bool:
         """Whether the texts of `calibration` are read, to calibrate or to repair."""
-        return self.calibrates or self.repairs
+        return self.calibrates or self.recipe.repairs
 
     @property
     def eval_context(self) -> EvalContext:
@@ -166,7 +161,7 @@ def check_run(recipe: Recipe, **options: Any) -> Job:
 
 def space_of_run(job: Job) -> int:
     """Return the bytes that a single run may write: adapters or models, checkpoints, the base's predictions."""
-    repaired = sum(4 * plan.saved for plan in job.plans) if job.repairs else 0
+    repaired = sum(4 * plan.saved for plan in job.plans) if job.recipe.repairs else 0
     return sum(plan.written_bytes for plan in job.plans) + repaired + job.reference_bytes
 
 
@@ -352,7 +347,7 @@ def _plan_measures(job: Job) -> None:
     if counted and recipe.eval.backend == "vllm" and any(task.runs_on_engine for task in tasks):
         raise UserError(f"{counted}: measures the live model, and eval.backend is vllm; use hf")
     job.budget = plan_budget(recipe, tasks, job.probe)
-    if job.repairs and num_processes() > 1:
+    if job.recipe.repairs and num_processes() > 1:
         raise UserError(
             "budget.then: repair works in one process; use scale, or lora-null repair RUN/METHOD afterward"
         )

@@ -126,7 +126,7 @@ def run_job(job: Job, after_row: Callable[[Row], None] | None = None) -> Results
         trained = _train_method(job, plan, rows[0])
         free_memory()  # the trainer, which nothing refers to any more
         made = [trained]
-        if job.repairs and trained.diverged is None:
+        if job.recipe.repairs and trained.diverged is None:
             made = _repair_method(job, plan, trained)
             free_memory()
         rows += made
@@ -424,7 +424,7 @@ def _add_probe(job: Job, trainer: AnyTrainer, folder: Path) -> Probe | None:
     section, folder_of_base = job.probe.section, probe_folder(job.base)
     options = job.eval_options | {"every": section.every, "share": section.share, "every_file": folder / PROBE_FILE}
     options |= {"tokenizer": job.tokenizer, "reference_dir": folder_of_base}
-    if job.budget is None or job.repairs:
+    if job.budget is None or job.recipe.repairs:
         probe = Probe(trainer, job.probe.tasks, **options)
     else:
         base = Evaluation.read(folder_of_base / EVAL_FILE)

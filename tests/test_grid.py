@@ -251,9 +251,9 @@ def test_a_swept_rank_starts_anew_and_is_reported(tmp_path):
 def test_checkpoints_whose_removal_was_killed_go_when_the_run_goes_on(tmp_path, monkeypatch):
     write_row(tmp_path / "lora", Row(method="lora"))
     (tmp_path / "lora" / "checkpoint-1").mkdir()
-    job = SimpleNamespace(folder=tmp_path, plans=[SimpleNamespace(name="lora")], keep_weights=False, repairs=False)
+    job = SimpleNamespace(folder=tmp_path, plans=[SimpleNamespace(name="lora")], keep_weights=False)
     job.data, job.windows = SimpleNamespace(bad=[]), []
-    job.recipe = SimpleNamespace(method=SimpleNamespace(name=["lora"]))
+    job.recipe = SimpleNamespace(method=SimpleNamespace(name=["lora"]), repairs=False)
     monkeypatch.setattr(run, "evaluate_base", lambda job: Row(method="base"))
     monkeypatch.setattr(run, "_results", lambda job, rows: None)
     monkeypatch.setattr(run, "write_run_card", lambda *_: None)
