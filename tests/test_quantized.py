@@ -25,7 +25,7 @@ from lora_null.recipes.__main__ import main
 from lora_null.recipes.config.load import load_recipe
 from lora_null.recipes.config.schema import ModelSection
 from lora_null.recipes.models import quantization
-from lora_null.recipes.models.bases import Base, load_base
+from lora_null.recipes.models.bases import Base, load_base, weight_reader
 from lora_null.recipes.models.plan import plan_methods
 from lora_null.residual import subtract_residuals
 from lora_null.trainer import LoraNullDPOTrainer
@@ -264,6 +264,14 @@ def test_the_plan_counts_what_is_stored(folder, form):
     counted = quantization.weight_bytes(base.empty, base.section)
     assert len(layers) == 14 and not any("lm_head" in name for name in layers)
     assert counted == plain + sum(x.nbytes for x in parts.values())
+
+
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_a_change_is_told_beside_the_weights_as_they_are_stored(folder, form):
+    """As a run does with its repaired adapter, whose magnitude is read from the files."""
+    linear = "model.layers.1.mlp.down_proj"
+    found = weight_reader(Base(ModelSection(name_or_path=str(folder), dtype="bfloat16", quantization=form)))
+    assert torch.equal(found(linear), weight_of(load(folder, form, "bfloat16").get_submodule(linear)))
 
 
 def test_the_plan_counts_the_offset_path_of_v1(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -340,12 +341,14 @@ def load_base_after(base: Base, before: Path | None) -> Any:
 
 def weight_reader(base: Base) -> Callable[[str], torch.Tensor]:
     """Return what reads W0 (d_out, d_in) of a base's linear by its name, one weight at a time where its files allow it."""
-    try:
-        with complete_at_load():
-            model, files = open_base(base)
-    except UserError:
+    opened = None
+    if not base.section.quantization:  # whose W0 is made as it loads
+        with contextlib.suppress(UserError), complete_at_load():
+            opened = open_base(base)
+    if opened is None:
         whole = load_base(base)
         return lambda linear: weight_of(whole.get_submodule(linear))
+    model, files = opened
 
     def read(linear: str) -> torch.Tensor:
         module = model.get_submodule(linear)
