@@ -16,6 +16,7 @@ from lora_null.adapters.base_hash import same_base
 from lora_null.adapters.inspection import check_copies, check_modules
 from lora_null.adapters.plain import CONFIG_FILE
 from lora_null.adapters.saved import SavedAdapter, read_adapter
+from lora_null.adapters.strength import beyond_factors
 from lora_null.recipes.config.load import read_yaml
 from lora_null.recipes.config.run_folder import CELLS_FOLDER, RECIPE_FILE, TASKS_FOLDER, is_of_run, whole_of
 from lora_null.recipes.config.schema import ModelSection, parse_section
@@ -184,13 +185,19 @@ def check_adapter_fits(source: Trained) -> None:
     """Check, before any weight loads, that there is an adapter and that it belongs to its base.
 
     Raises:
-        UserError: whole weights, something else than A and B, or another base: by its hash, or by its shapes.
+        UserError: whole weights, something else than A and B, an option of PEFT's by which they are not the change, or
+            another base: by its hash, or by its shapes.
     """
     if source.kind != "adapter":
         raise UserError(f"{source.home}: {source.method} trains whole weights, which have no strength")
     adapter = source.adapter
     if adapter.config.get("use_dora"):
         raise UserError(f"{source.folder}: DoRA rescales whole weights, its change is not linear in a strength")
+    if option := beyond_factors(adapter.config):
+        raise UserError(
+            f"{source.folder}: has {option}, by which A and B are not all of its change, or more than it; only plain LoRA is "
+            "scaled, repaired or exported"
+        )
     adapter.pairs()  # refuses what is no A or B
     empty = source.base.empty
     if misfit := next(

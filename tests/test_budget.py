@@ -41,12 +41,13 @@ from lora_null.recipes.results import Budget, Estimate, GivenUp
 from lora_null.utils.errors import UserError
 
 
-@pytest.mark.parametrize("variant", ["lora", "v1", "v2"])
+@pytest.mark.parametrize("variant", ["lora", "mica", "v1", "v2"])
 def test_a_strength_is_the_change_times_it_live_and_saved(tmp_path, variant):
     """Against W0 + c·ΔW in float64, ΔW taken from the merged weights."""
     batches = random_batches()
-    if variant == "lora":
-        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    if variant in ("lora", "mica"):
+        start = {"init_lora_weights": "mica" if variant == "mica" else True}
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **start)
         model = get_peft_model(tiny_model(), config)
     else:
         model = get_peft_model(tiny_model(), LoraNullConfig(r=4, variant=variant, task_type="CAUSAL_LM"))

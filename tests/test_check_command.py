@@ -121,6 +121,8 @@ WRONG = {
     "modules_to_save": (None, {"modules_to_save": ["lm_head"]}, "modules_to_save is set, which vLLM does not serve"),
     "bias": (None, {"bias": "all"}, "bias is 'all': vLLM serves no bias"),
     "DoRA": (None, {"use_dora": True}, "use_dora is set"),
+    "aLoRA": (None, {"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is set, which vLLM does not serve"),
+    "bias of B": (None, {"lora_bias": True}, "lora_bias is set, which vLLM does not serve"),
     "other tuner": (None, {"peft_type": "LOHA"}, "peft_type is 'LOHA', must be 'LORA'"),
     "not targeted": (None, {"target_modules": ["q_proj"]}, "self_attn.k_proj: has A and B, but target_modules does not name"),
     "PiSSA": (None, {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', so its A and B are no change"),

@@ -401,9 +401,25 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog, mon
         read_dial(tmp_path)
 
 
-def test_an_adapter_with_more_than_a_and_b_is_refused(world, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"use_dora": True}, "not linear in a strength"),
+        (
+            {"alora_invocation_tokens": [5, 6]},
+            "has alora_invocation_tokens, by which A and B are not all of its change",
+        ),
+        ({"bias": "lora_only"}, "has bias, by which"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "has layer_replication, by which"),
+        ({"target_parameters": ["experts.weight"]}, "has target_parameters, by which"),
+    ],
+)
+def test_an_adapter_with_more_than_a_and_b_is_refused(world, tmp_path, monkeypatch, capsys, option, message):
+    monkeypatch.setattr(trained, "load_base", lambda *_: pytest.fail("a model was loaded"))
     shutil.copytree(world / "elsewhere", tmp_path / "dora")
     config = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
-    (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    assert main(["dial", str(tmp_path / "dora"), "--keep", str(world / "facts.jsonl")]) == 2
-    assert "not linear in a strength" in capsys.readouterr().err
+    (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps(config | option))
+    keep, out = ["--keep", str(world / "facts.jsonl")], ["--out", str(tmp_path / "out")]
+    for words in (["dial", *keep], ["repair", *keep, *out], ["export", *out], ["export", "--form", "merged", *out]):
+        assert main([words[0], str(tmp_path / "dora"), *words[1:]]) == 2
+        assert message in capsys.readouterr().err

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_null.adapters.base_hash import DTYPE, same_base
 from lora_null.adapters.plain import CONFIG_FILE, WEIGHTS_FILE
 from lora_null.adapters.saved import BASE_COPY, FACTOR, REWRITTEN, SavedAdapter
+from lora_null.adapters.strength import BEYOND_FACTORS
 from lora_null.checkpoint_reader import WeightFiles, base_tensors
 from lora_null.layer import targeted_linears
 from lora_null.utils.errors import first_line
@@ -77,13 +78,11 @@ def check_config(adapter: SavedAdapter) -> Iterator[Finding]:
         yield Finding(CONFIG_FILE, f"init_lora_weights is {start!r}, {REWRITTEN}")
     if not config.get("target_modules"):
         yield Finding(CONFIG_FILE, "target_modules is missing, which vLLM asks for")
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+    if config.get("bias", "none") != "none":
         yield Finding(CONFIG_FILE, f"bias is {config.get('bias')!r}: vLLM serves no bias")
-    for key in ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"):
+    for key in BEYOND_FACTORS:
         if config.get(key):
             yield Finding(CONFIG_FILE, f"{key} is set, which vLLM does not serve")
-    if config.get("use_dora"):
-        yield Finding(CONFIG_FILE, "use_dora is set, which vLLM does not serve")
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             yield Finding(CONFIG_FILE, f"{key} is set: vLLM drops it without a word and scales those layers wrongly")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import MiCALinearVariant
 
 from lora_null.layer import active_adapter, adapted_layers
 from lora_null.utils.errors import UserError
 from lora_null.utils.model_state import start_that_rewrites
+
+# Options of PEFT's by which an adapter changes more than W0 + s·BA, or less than all of it.
+BEYOND_FACTORS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
+BEYOND_FACTORS += ("layer_replication", "target_parameters", "use_bdlora")
+BEYOND_FACTORS += ("arrow_config", "kasa_config", "monteclora_config")
 
 
 class Strength:
@@ -59,17 +66,21 @@ class Strength:
 
 
 def beyond_scaling(config: PeftConfig) -> str | None:
-    """Return the option by which an adapter changes more than W0 + s·BA, or less than all of it; None where there is none."""
-    options = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
-    given = [name for name in options if getattr(config, name, None)]
-    given += ["bias"] if getattr(config, "bias", "none") != "none" else []
-    given += [f"init_lora_weights={start!r}"] if (start := start_that_rewrites(config)) else []
-    return next(iter(given), None)
+    """Return the option of a live adapter by which no scaling gives back its base, or all of its change; else None."""
+    start = start_that_rewrites(config)
+    return beyond_factors(vars(config)) or (start and f"init_lora_weights={start!r}")
+
+
+def beyond_factors(config: Mapping[str, Any]) -> str | None:
+    """Return the option in a saved config by which A and B are not all of the change, or more than it; else None."""
+    option = next((name for name in BEYOND_FACTORS if config.get(name)), None)
+    return option or ("bias" if config.get("bias", "none") != "none" else None)
 
 
 def _not_scalable(layer: LoraLayer, adapter: str) -> str | None:
     if layer.merged:
         return "is merged into its base"
-    if adapter in getattr(layer, "lora_variant", {}):
-        return f"is a {type(layer.lora_variant[adapter]).__name__}, which is not linear in its scaling"
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    if variant is not None and not isinstance(variant, MiCALinearVariant):  # which only starts and trains otherwise
+        return f"is a {type(variant).__name__}, which is not linear in its scaling"
     return None

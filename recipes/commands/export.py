@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--form {arguments.form}: {source.method} trains whole weights; only --form merged exports it"
         )
-    if source.elsewhere:
+    if source.kind == "adapter":
         check_adapter_fits(source)
     if arguments.rank is not None:
         check_rank(source.adapter.pairs(), arguments.rank)
