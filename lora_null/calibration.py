@@ -41,6 +41,15 @@ class NotFinite(UserError):
     """An input is NaN or infinite."""
 
 
+class Unmeasured(UserError):
+    """The inputs of a module cannot be measured; a training may leave the module out."""
+
+    @property
+    def reason(self) -> str:
+        """What keeps them from it, without that advice."""
+        return str(self).removeprefix("calibration: ").partition(", leave ")[0]
+
+
 @dataclass
 class InputStats:
     """Statistics of one distinct input X (d_in × N), shared by every module that reads it (q, k, v; gate, up).
@@ -190,7 +199,7 @@ class InputMeter:
     def _on_forward(self, name: str, x: torch.Tensor, out: torch.Tensor) -> None:
         flat = self.batch.flat(x)
         if flat is None:
-            raise UserError(
+            raise Unmeasured(
                 f"calibration: {name} reads {x.shape[:-1].numel()} rows of a batch, not its tokens, leave it out"
             )
         leader = self._leader(name, x)
@@ -220,7 +229,7 @@ class InputMeter:
         if self.leader.setdefault(name, now) != now:
             # Shared at first, apart now (or the reverse): measured as its own input from here would miss batches.
             other = next(leader for leader in (self.leader[name], now) if leader != name)
-            raise UserError(
+            raise Unmeasured(
                 f"calibration: {name} reads what {other} reads in some calls, not in others, leave one of them out"
             )
         if now == name and name not in self.stats:
@@ -253,7 +262,7 @@ class InputMeter:
         """
         unreached = [name for name in self.modules if name not in self.leader]
         if unreached:
-            raise UserError(f"calibration: no token reaches {unreached[0]} ({len(unreached)} modules), leave it out")
+            raise Unmeasured(f"calibration: no token reaches {unreached[0]} ({len(unreached)} modules), leave it out")
         self._check_finite()
         while self.grams:  # handed over, not held
             name, gram = self.grams.popitem()
@@ -326,7 +335,7 @@ def sum_over_processes(calibration: Calibration, balance: LoadBalance | None = N
         _sum_numbers(calibration)
     for stats, any_left in zip(calibration.inputs, to_floats(stats.sketch.any() for stats in calibration.inputs)):
         if not any_left:
-            raise UserError(f"calibration: the input of {stats.modules[0]} is zero on every token")
+            raise Unmeasured(f"calibration: the input of {stats.modules[0]} is zero on every token")
 
 
 def _sum_gram(stats: InputStats, *, to_owner: bool) -> None:

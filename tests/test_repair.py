@@ -25,6 +25,7 @@ from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.config.schema import CalibrationSection
 from lora_null.recipes.models import bases
 from lora_null.recipes.repairs import what_is_left_alone
+from lora_null.utils.errors import UserError
 
 R, D_IN, D_OUT, WEIGHT = 2, 7, 5, 0.7
 
@@ -109,6 +110,26 @@ def test_a_model_is_repaired_layer_by_layer(make, tmp_path):
     assert found.kept < found.learned
     (alone,) = repair(make().eval(), adapter, keep, weights=[WEIGHT])
     assert alone.learned is None and alone.kept < found.kept
+
+
+@pytest.mark.parametrize(
+    ("silent", "reason"),
+    [
+        ("q_proj", r"no token reaches model\.layers\.0\.self_attn\.q_proj \(1 modules\)"),
+        ("gate_proj", r"model\.layers\.0\.mlp\.gate_proj reads 1 rows of a batch, not its tokens"),
+    ],
+)
+def test_a_trained_linear_whose_inputs_cannot_be_measured_is_told_as_one(tmp_path, silent, reason):
+    """Such as the layers of a head that the decoder does not call, or experts: there is nothing to leave out any more."""
+    model = tiny_model().eval()
+    adapter = left_by(tiny_model(), tmp_path, target_modules=[silent])
+    for layer in model.model.layers:
+        if silent == "q_proj":
+            layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+        else:
+            layer.mlp.forward = lambda x, own=layer.mlp: own.gate_proj(x[:1, :1]).sum() + x
+    with pytest.raises(UserError, match=rf"{tmp_path}: cannot be repaired, {reason}; it can be scaled \(export --"):
+        repair(model, adapter, random_batches(count=1, seed=1))
 
 
 @pytest.fixture(scope="module")

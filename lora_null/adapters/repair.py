@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from lora_null.adapters.saved import SavedAdapter
+from lora_null.calibration import Unmeasured
 from lora_null.factors import Pair
 from lora_null.layerwise import measure_on_each
+from lora_null.utils.errors import UserError
 
 REPAIR_NOTE = "repair"  # in an adapter's metadata: a sentence about how it was repaired
 # Of c_t, added to C_t's diagonal: directions that neither the task nor the texts use stay as they are, and A' stays small.
@@ -92,13 +94,13 @@ def repair(
         weights: λ of each.
 
     Raises:
-        UserError: as `SavedAdapter.pairs` and `measure_inputs`.
+        UserError: as `SavedAdapter.pairs` and `measure_inputs`; a module whose inputs cannot be measured.
     """
     trained = adapter.pairs()
     found: list[dict[str, Pair]] = [dict(trained) for _ in weights]  # in the order of the file
     sets = [keep, task] if task else [keep]
     before, after = [0.0 for _ in sets], [[0.0 for _ in sets] for _ in weights]
-    for names, grams in _mean_grams(model, trained, sets):
+    for names, grams in _mean_grams(model, adapter, sets):
         stacked = torch.cat([trained[name][0].to(grams[0].device) for name in names])  # one factorization serves all
         ranks = [len(trained[name][0]) for name in names]
         for weight, pairs in zip(weights, found):
@@ -114,11 +116,16 @@ def repair(
 
 
 def _mean_grams(
-    model: nn.Module, names: Mapping[str, Pair], sets: Sequence[Sequence[Mapping[str, Any]]]
+    model: nn.Module, adapter: SavedAdapter, sets: Sequence[Sequence[Mapping[str, Any]]]
 ) -> Iterator[tuple[tuple[str, ...], list[torch.Tensor]]]:
     """Yield the modules that read one input, with its C on every set of batches."""
-    modules = {name: model.get_submodule(name) for name in names}
-    with contextlib.closing(measure_on_each(model, modules, sets)) as parts:
-        for part in parts:
-            for inputs in part:
-                yield inputs[0].modules, [s.gram / s.tokens for s in inputs if s.gram is not None]
+    modules = {name: model.get_submodule(name) for name in adapter.factors()}
+    try:
+        with contextlib.closing(measure_on_each(model, modules, sets)) as parts:
+            for part in parts:
+                for inputs in part:
+                    yield inputs[0].modules, [s.gram / s.tokens for s in inputs if s.gram is not None]
+    except Unmeasured as error:
+        raise UserError(
+            f"{adapter.folder}: cannot be repaired, {error.reason}; it can be scaled (export --strength)"
+        ) from None
