@@ -144,7 +144,7 @@ class WeightFiles:
             with opened(single) as file:
                 self.file_of = dict.fromkeys(file.keys(), single.name)
         elif index.is_file():
-            found = read_json(index)
+            found = read_json(index, ours=False)
             if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
                 raise UserError(f"{index}: damaged, it has no weight_map")
             self.file_of = found["weight_map"]

@@ -1,5 +1,6 @@
 """`lora-null check`: each thing that can be wrong with an adapter is found, and a loader like vLLM's agrees."""
 
+import codecs
 import json
 import math
 import shutil
@@ -418,9 +419,15 @@ def test_damaged_files_are_one_line(adapter, capsys):
     (adapter / "adapter_model.safetensors").write_bytes(whole[:-10])
     assert main(["check", str(adapter)]) == 2
     assert "damaged" in capsys.readouterr().err
-    (adapter / "adapter_config.json").write_text("{")
+    config = adapter / "adapter_config.json"
+    config.write_bytes(codecs.BOM_UTF8 + config.read_bytes())
     assert main(["check", str(adapter)]) == 2
-    assert "damaged" in capsys.readouterr().err
+    told = "begins with a byte order mark, which PEFT and transformers do not read; save it as UTF-8 without one"
+    assert capsys.readouterr().err == f"error: {config}: {told}\n"
+    config.write_text("{")  # whose only copy it may be
+    assert main(["check", str(adapter)]) == 2
+    assert f"{config}: damaged, not valid JSON (Expecting property name" in (err := capsys.readouterr().err)
+    assert "remove it" not in err
 
 
 def test_ranks():

@@ -113,7 +113,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         raise UserError(f"{folder}: holds no adapter ({CONFIG_FILE} is missing)")
     if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(f"{folder}: holds no adapter weights ({WEIGHTS_FILE} is missing)")
-    config = read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE, ours=False)
     if not isinstance(config, dict) or "r" not in config or "lora_alpha" not in config:
         kind = config.get("peft_type", "LORA") if isinstance(config, dict) else "LORA"
         if kind != "LORA":

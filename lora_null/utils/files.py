@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lora_null.utils.errors import UserError
+from lora_null.utils.errors import UserError, first_line
 
 PART, LOCK_FILE = ".part", ".lock"
 _held: dict[Path, tuple[int, int] | None] = {}  # folder locked by this process → device and inode of its lock
@@ -225,18 +226,29 @@ def nan_as_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(path: Path) -> Any:
-    """Return what a JSON file of ours holds.
+def read_json(path: Path, *, ours: bool = True) -> Any:
+    """Return what a JSON file holds.
+
+    Args:
+        path: the file.
+        ours: whether a step of this package wrote it, and writes it again.
 
     Raises:
         UserError: it is damaged.
     """
+    data = path.read_bytes()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(
-            f"{path}: damaged, not valid JSON; remove it and the step that wrote it is done again"
-        ) from None
+        return json.loads(data.decode("utf-8"))
+    except ValueError as error:
+        if ours:
+            line = "damaged, not valid JSON; remove it and the step that wrote it is done again"
+        elif data.startswith(codecs.BOM_UTF8):
+            line = (
+                "begins with a byte order mark, which PEFT and transformers do not read; save it as UTF-8 without one"
+            )
+        else:
+            line = f"damaged, not valid JSON ({first_line(error)})"
+        raise UserError(f"{path}: {line}") from None
 
 
 @contextlib.contextmanager

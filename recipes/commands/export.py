@@ -325,7 +325,7 @@ def _write_merged(export: Export, dtype: str | None) -> None:
     untied = write_checkpoint(folder, export.folder, deltas, base.empty, dtype=wanted)
     written = str(wanted or _stored_dtype(export)).removeprefix("torch.")
     # The base's own file, as other versions of transformers, and other programs, read it: only what changed is changed.
-    config = read_json(base.folder / "config.json")
+    config = read_json(base.folder / "config.json", ours=False)
     parts = [config, *(part for part in config.values() if isinstance(part, dict) and "model_type" in part)]
     if not any(key in config for key in ("dtype", "torch_dtype")):
         config["torch_dtype"] = written
@@ -348,7 +348,7 @@ def _write_merged(export: Export, dtype: str | None) -> None:
 def _end_with(export: Export, config: dict[str, Any], end: int) -> None:
     """Let what reads the export's config or its generation settings stop at the recipe's `model.eos_token`."""
     file = export.folder / GENERATION_FILE
-    settings = read_json(file) if file.is_file() else {}
+    settings = read_json(file, ours=False) if file.is_file() else {}
     ends = settings.get("eos_token_id", config.get("eos_token_id"))
     write_json(file, settings | {"eos_token_id": add_eos_id(end, ends)})
     config["eos_token_id"] = end
