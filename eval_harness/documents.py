@@ -25,7 +25,7 @@ import pyarrow.parquet
 from lora_null.eval_harness.chat_exports import exported_turns, joined_messages
 from lora_null.utils.distributed import print_once
 from lora_null.utils.errors import UserError, first_line, nearest
-from lora_null.utils.values import TextOfList, as_conversation, as_written, is_conversation, is_written
+from lora_null.utils.values import HALF, TextOfList, as_conversation, as_written, is_conversation, is_written
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 FILE_KINDS |= {".ndjson": "json", ".txt": "text", ".md": "text"}
@@ -356,7 +356,7 @@ def _row(entry: Any, held: Counter[str]) -> dict[str, Any] | str:
     try:
         json.dumps(entry, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        return "half a character (a lone surrogate)"
+        return HALF
     return entry
 
 

@@ -208,6 +208,8 @@ def test_conversations_through_the_chat_template(wrap):
     talks = [[user(text), assistant("yes")] for text in TEXTS]
     batches = as_batches([wrap(talk) for talk in talks], chat_tokenizer(), CUT)
     assert tokens(batches) == expected([f"<user>{text}\n<assistant>yes</s>\n" for text in TEXTS])
+    with pytest.raises(UserError, match=r"row 1 cannot be used: 'messages' holds half a character"):
+        as_batches([{"messages": [user("\udc00"), assistant("so")]}], chat_tokenizer(), CUT)
     with pytest.raises(UserError, match=r"row 1 cannot be used: .*a conversation, and the model has no chat template"):
         as_batches([wrap(talk) for talk in talks], tiny_tokenizer(), CUT)
 
@@ -226,6 +228,8 @@ LABELED = Dataset.from_dict({"text": [0, 1]}).cast_column("text", ClassLabel(nam
 REFUSED = [
     ([*TEXTS, float("nan")], "row 41 cannot be used: is NaN, not text"),
     ([b"a"], "row 1 cannot be used: is a bytes, not text"),
+    ([*TEXTS, "a\ud800b"], r"row 41 cannot be used: holds half a character \(a lone surrogate\)"),
+    ([{"text": "a\ud800b"}], "row 1 cannot be used: 'text' holds half a character"),
     ([["a", "b"]], "row 1 cannot be used: is a list of several texts"),
     ([[5, 6]], "row 1 cannot be used: is a list of several numbers"),
     ([{"text": {"a": 1}}], "row 1 cannot be used: 'text' is a dict, not text"),

@@ -22,7 +22,7 @@ from lora_null.utils.distributed import get_logger
 from lora_null.utils.errors import UserError, first_line, nearest
 from lora_null.utils.limits import PositionLimit
 from lora_null.utils.tokens import padded, tokenizer_of
-from lora_null.utils.values import as_text, is_conversation
+from lora_null.utils.values import HALF, as_text, is_conversation
 
 TOKENS_PER_BATCH = 4096
 STREAM = 16  # texts of a stream that are read for each window, before the draw
@@ -308,10 +308,16 @@ def _text(row: Any, number: int, tokenizer: PreTrainedTokenizerBase) -> str:
         value, name = row[field], f"{field!r} "
     try:
         if is_conversation(value):
-            return conversation_text(value, row if value is not row and isinstance(row, Mapping) else {}, tokenizer)
-        return as_text(value)
+            options = row if value is not row and isinstance(row, Mapping) else {}
+            text = conversation_text(value, options, tokenizer)
+        else:
+            text = as_text(value)
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"calibration: row {number} cannot be used: {name}holds {HALF}") from None
     except ValueError as error:
         raise UserError(f"calibration: row {number} cannot be used: {name}{error}") from None
+    return text
 
 
 def _batch(

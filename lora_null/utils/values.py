@@ -48,6 +48,7 @@ ARRAYS = re.compile(
 )
 PRINTED = re.compile(r"\s*(?:\[\s*)?\{\s*'")  # a dict, or a list that begins with one, as Python prints it
 PRINTED_MESSAGES = re.compile(r"\s*\[\s*\{'(role|from|content|value)'\s*:")  # even where they cannot be read
+HALF = "half a character (a lone surrogate)"  # what no tokenizer takes
 WEIGHTS = ("weight", "loss", "train")  # OpenAI's name of whether a turn is learned, ms-swift's and Axolotl's
 Message = dict[str, Any]
 
