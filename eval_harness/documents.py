@@ -29,6 +29,18 @@ from lora_null.utils.values import HALF, TextOfList, as_conversation, as_written
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 FILE_KINDS |= {".ndjson": "json", ".txt": "text", ".md": "text"}
+PARQUET = "a parquet file; its name must end in .parquet"
+SIGNS = {  # how a file begins whose name says another kind, and what it is
+    codecs.BOM_UTF32_LE: "in UTF-32; save it as UTF-8",
+    codecs.BOM_UTF32_BE: "in UTF-32; save it as UTF-8",
+    codecs.BOM_UTF16_LE: "in UTF-16; save it as UTF-8",
+    codecs.BOM_UTF16_BE: "in UTF-16; save it as UTF-8",
+    b"\x1f\x8b": "compressed by gzip; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1\x15": PARQUET,
+}
+NUL = "NUL bytes, as of UTF-16; save it as UTF-8"
 DELIMITERS = ",;\t|"  # of a csv
 KEYS_OF_ROWS = ("data", "rows", "examples", "records", "instances")  # beside which a json file may say more
 CHUNK_CHARACTERS = 1500  # characters of a text file that make a row, about
@@ -82,8 +94,10 @@ def read_documents(
         if path.stat().st_size == 0:
             raise UserError(f"{where}: {path} is empty")
         with path.open("rb") as file:
-            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise UserError(f"{where}: {path} is in UTF-16; save it as UTF-8")
+            begins = file.read(8)
+        told = next((what for sign, what in SIGNS.items() if begins.startswith(sign)), None)
+        if told and (path.suffix.lower(), told) != (".parquet", PARQUET):
+            raise UserError(f"{where}: {path} is {told}")
     kind, found, last = FILE_KINDS[paths[0].suffix.lower()], Documents([], []), 0
     other = next((path for path in paths if FILE_KINDS[path.suffix.lower()] != kind), None)
     if other is not None:
@@ -172,10 +186,18 @@ def _csv_column(cells: Sequence[str]) -> Sequence[Any]:
     return [as_conversation(cell) if is_conversation(cell) else cell for cell in cells]
 
 
+def _text_of(path: Path) -> str:
+    """Return the text of a file; raise a ValueError where it is not in UTF-8, or holds the NULs of UTF-16."""
+    data = path.read_bytes()
+    if b"\0" in data:
+        raise ValueError(NUL)
+    return data.decode("utf-8-sig")
+
+
 def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
     """Return the rows of a csv, every cell as its text, or what is wrong with one; whole columns of integers as those."""
     csv.field_size_limit(sys.maxsize)
-    text = path.read_bytes().decode("utf-8-sig")
+    text = _text_of(path)
     header = next((line for line in text.splitlines() if line.strip()), "")
     bare = re.sub(r'"(?:[^"]|"")*"', "", header)
     marks = ["\t"] if path.suffix.lower() == ".tsv" else [mark for mark in DELIMITERS if mark in bare] or [","]
@@ -207,7 +229,7 @@ def _rows_like_the_header(text: str, delimiter: str) -> int:
 
 def _text_rows(path: Path) -> list[dict[str, Any]]:
     """Return the chunks of a text as rows: `text`; the same as `beginning` and `ending`, its last words; `file`; `last` in it."""
-    rows, found = [], chunks(path.read_bytes().decode("utf-8-sig"))
+    rows, found = [], chunks(_text_of(path))
     for number, chunk in enumerate(found, start=1):
         words = list(re.finditer(r"\S+", chunk))
         # Where no space parts words, as in Chinese, Japanese and Thai, the ending is the last third.
@@ -343,7 +365,7 @@ def _row(entry: Any, held: Counter[str]) -> dict[str, Any] | str:
         except UnicodeDecodeError as error:
             return f"not UTF-8 at byte {error.start}"
         except (json.JSONDecodeError, RecursionError):
-            return "no complete JSON"
+            return NUL if b"\0" in entry else "no complete JSON"
         except ValueError as error:  # a key that is there twice, a number of thousands of digits
             return str(error)
     if not isinstance(entry, dict) or not entry:

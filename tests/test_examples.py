@@ -1,6 +1,8 @@
 """Training rows: what is learned, token for token, and every bad row by number."""
 
+import gzip
 import json
+import re
 
 import pytest
 from chats import CONFIG, assistant, learned, user
@@ -201,6 +203,43 @@ def test_a_broken_file_says_where(tmp_path):
     path.write_bytes(json.dumps([GOOD]).encode("utf-16"))
     with pytest.raises(UserError, match=r"rows.json is in UTF-16; save it as UTF-8"):
         read_documents([path], "data", keep_bad=True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("notes.txt", "notes\n\n" * 90, "as text (NUL"),
+        ("notes.md", "notes\n\n" * 90, "as text (NUL"),
+        ("rows.csv", "prompt,response\na,b\n", "as csv (NUL"),
+        ("rows.jsonl", f"{json.dumps(GOOD)}\n" * 3, "as json (row 1: NUL"),
+    ],
+)
+def test_texts_in_utf_16_without_its_mark_are_not_read_as_others(tmp_path, name, text, reason, encoding):
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(UserError) as raised:
+        read_documents([tmp_path / name], "data")
+    told = f"data: cannot read {tmp_path / name} {reason} bytes, as of UTF-16; save it as UTF-8)"
+    assert str(raised.value) == told
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt", "rows.parquet"])
+def test_what_a_file_is_that_is_named_as_another_kind(tmp_path, name):
+    path, rows = tmp_path / name, json.dumps(GOOD).encode()
+    for data, kind in (
+        (gzip.compress(rows), "compressed by gzip; unpack it"),
+        (b"PK\x03\x04" + rows, "a zip archive; unpack it"),
+        (rows.decode().encode("utf-32"), "in UTF-32; save it as UTF-8"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=re.escape(f"data: {path} is {kind}")):
+            read_documents([path], "data")
+    Dataset.from_list([GOOD]).to_parquet(path)
+    if name == "rows.parquet":
+        assert read_documents([path], "data").rows == [GOOD]
+        return
+    with pytest.raises(UserError, match=f"{path} is a parquet file; its name must end in .parquet"):
+        read_documents([path], "data")
 
 
 @pytest.mark.parametrize("line", BAD, ids=BAD.values())
