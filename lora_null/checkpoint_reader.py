@@ -149,7 +149,10 @@ class WeightFiles:
                 raise UserError(f"{index}: damaged, it has no weight_map")
             self.file_of = found["weight_map"]
         else:
-            raise UserError(f"{folder}: no model.safetensors, needed to read weights layer by layer")
+            raise UserError(
+                f"{folder}: no model.safetensors, needed to read weights layer by layer; transformers writes it: "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), and the tokenizer likewise"
+            )
         self.key_of = keys_by_name(model, self.file_of) if model is not None else {key: key for key in self.file_of}
 
     @classmethod

@@ -13,6 +13,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import logits, save_tiny, tiny_model
@@ -28,6 +29,7 @@ from lora_null.adapters.saved import read_adapter
 from lora_null.adapters.truncate import balanced_where_they_cancel, lost_in_16_bits, truncate
 from lora_null.adapters.verify import compare
 from lora_null.checkpoint_reader import WeightFiles
+from lora_null.recipes import trained as trained_module
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.commands import export as command
 from lora_null.recipes.results import Budget, Row, write_row
@@ -400,6 +402,26 @@ def test_of_an_adapter_made_elsewhere_nothing_else_is_taken_along(elsewhere, tmp
     assert main(["export", str(elsewhere), "--out", str(tmp_path / "m"), "--form", "merged"]) == 0
     texts = [AutoTokenizer.from_pretrained(tmp_path / name)("x = 1")["input_ids"] for name in ("m", "model")]
     assert texts[0] == texts[1] and not (tmp_path / "m" / "notes.csv").exists()
+
+
+def test_a_merge_into_a_base_that_reads_its_weight_past_the_linear_is_one_line(
+    elsewhere, tmp_path, capsys, monkeypatch
+):
+    """As Jamba reads its dt_proj: the live adapter does nothing there, the merged weight does."""
+    monkeypatch.setattr(LoraLinear, "forward", lambda layer, x, **_: layer.base_layer(x))
+    assert main(["export", str(elsewhere), "--out", str(tmp_path / "out"), "--form", "merged"]) == 2
+    said = capsys.readouterr().err
+    assert "--form merged: the export does not compute what" in said and said.endswith("; use --form adapter\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_needs_safetensors_and_is_told_how_to_make_them(elsewhere, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trained_module, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    weights = tmp_path / "model" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    assert main(["export", str(elsewhere), "--out", str(tmp_path / "out"), "--form", "merged"]) == 2
+    assert "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), and" in capsys.readouterr().err
 
 
 def test_an_adapter_that_gives_no_numbers_is_one_line(elsewhere, tmp_path, capsys):

@@ -122,6 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.form == "gguf":
         gguf_names(source.adapter.pairs(), source.base.config)
     holds = source.base.folder if arguments.form == "merged" and source.kind == "adapter" else source.folder
+    if arguments.form == "merged":
+        WeightFiles(holds)  # refuses what is in no safetensors
     check_space(arguments.out, sum(file.stat().st_size for file in holds.glob("*.safetensors")), "--out")
     strength, note = _strength(source, arguments)
     with replacing_folder(arguments.out) as folder:
@@ -383,7 +385,7 @@ def verify(export: Export) -> Any:
         `lora_null.adapters.verify.Difference`.
 
     Raises:
-        UserError: a 16-bit merge loses too much, or what was trained gives no numbers.
+        UserError: a merge differs by more than rounding or a 16-bit one loses too much, or what was trained gives no numbers.
         RuntimeError: anything else differs by more than rounding.
     """
     texts = verification_texts(export)
@@ -395,7 +397,10 @@ def verify(export: Export) -> Any:
     if not difference.relative < export.max_error:
         if export.form == "merged" and export.max_error >= ROUNDED_ERROR:
             raise UserError(f"--dtype: merging loses too much ({difference}); use --dtype float32 or --form adapter")
-        raise RuntimeError(f"the export does not compute what {export.source.folder} computes: {difference}")
+        mistake = f"the export does not compute what {export.source.folder} computes"
+        if export.form == "merged":  # as of a module that reads its weight past the linear, without the adapter
+            raise UserError(f"--form merged: {mistake} ({difference}); use --form adapter")
+        raise RuntimeError(f"{mistake}: {difference}")
     if export.form == "merged" and difference.of_change >= MUCH_ROUNDING and export.max_error == ROUNDED_ERROR:
         export.notes.append(f"Rounding lost much of what training changed ({difference}); --dtype float32 keeps it.")
     return difference
