@@ -18,7 +18,7 @@ from world import base, make_world, write_rows
 
 from lora_null.__main__ import main
 from lora_null.eval_harness import Evaluation, Metric
-from lora_null.recipes import measure, trained
+from lora_null.recipes import measure
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.card import results_table
 from lora_null.recipes.commands import dial
@@ -26,6 +26,7 @@ from lora_null.recipes.config.run_folder import MARK
 from lora_null.recipes.models import bases
 from lora_null.recipes.report.dial import dial_summary, read_dial, table_rows, write_dial
 from lora_null.recipes.results import EVAL_FILE
+from lora_null.recipes.trained import find_trained
 from lora_null.utils.errors import UserError
 
 
@@ -200,9 +201,7 @@ def test_a_card_compares_answers_to_the_same_questions(world, tmp_path, capsys):
     shutil.rmtree(method / "dial")
     assert main(words) == main(words) == 0  # one of the same questions gives way
     head, base, _ = table_rows(read_dial(method))
-    shown = {
-        column.heading: str(column.cells[0]) for column in results_table(trained.find_trained(method), 0.5).columns
-    }
+    shown = {column.heading: str(column.cells[0]) for column in results_table(find_trained(method), 0.5).columns}
     assert all(shown[name] == value for name, value in zip(head[1:], base[1:]))
 
 
@@ -415,7 +414,7 @@ def test_a_strength_at_which_nothing_is_finite_is_left_out(tmp_path, caplog, mon
     ],
 )
 def test_an_adapter_with_more_than_a_and_b_is_refused(world, tmp_path, monkeypatch, capsys, option, message):
-    monkeypatch.setattr(trained, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(bases, "load_base", lambda *_: pytest.fail("a model was loaded"))
     shutil.copytree(world / "elsewhere", tmp_path / "dora")
     config = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
     (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps(config | option))

@@ -29,9 +29,9 @@ from lora_null.adapters.saved import read_adapter
 from lora_null.adapters.truncate import balanced_where_they_cancel, lost_in_16_bits, truncate
 from lora_null.adapters.verify import compare
 from lora_null.checkpoint_reader import WeightFiles
-from lora_null.recipes import trained as trained_module
 from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.commands import export as command
+from lora_null.recipes.models import bases
 from lora_null.recipes.results import Budget, Row, write_row
 from lora_null.recipes.trained import find_trained
 from lora_null.utils.errors import UserError
@@ -416,7 +416,7 @@ def test_a_merge_into_a_base_that_reads_its_weight_past_the_linear_is_one_line(
 
 
 def test_a_merge_needs_safetensors_and_is_told_how_to_make_them(elsewhere, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trained_module, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(bases, "load_base", lambda *_: pytest.fail("a model was loaded"))
     weights = tmp_path / "model" / "model.safetensors"
     torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
     weights.unlink()
