@@ -56,11 +56,7 @@ def exported_turns(entry: Mapping[str, Any]) -> list[Turn] | None:
     """Return the turns up to the last one of a chat as ChatGPT or Claude exports it; None for other rows."""
     turns, tree = entry.get("chat_messages"), entry.get("mapping")
     if isinstance(turns, list) and not is_conversation(turns):
-        turns = _dicts(turns)
-        if turns and all(turn.get("uuid") and turn.get("parent_message_uuid") for turn in turns):
-            named = {str(turn["uuid"]): turn for turn in turns}
-            turns = _branch(named, turns[-1]["uuid"], "parent_message_uuid")
-        return list(map(_claude_turn, turns))
+        return list(map(_claude_turn, _shown_last(_dicts(turns))))
     if not isinstance(tree, dict) or "current_node" not in entry:
         return None
     return [_chatgpt_turn(_dict(node.get("message"))) for node in _branch(tree, entry["current_node"], "parent")]
@@ -97,14 +93,26 @@ def _branch(nodes: Mapping[str, Any], last: Any, above: str) -> list[dict[str, A
     return found[::-1]
 
 
+def _shown_last(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the turns of a Claude chat along the branch of the last one; all where that does not lead up to a first turn."""
+
+    def start(turn: Mapping[str, Any]) -> tuple[Any, Any]:
+        return turn.get("parent_message_uuid") or None, turn.get("sender")
+
+    named = {str(turn.get("uuid")): turn for turn in turns}
+    branch = _branch(named, str(turns[-1].get("uuid")), "parent_message_uuid") if turns else []
+    return branch if branch and start(branch[0]) == start(turns[0]) else turns
+
+
 def _claude_turn(turn: Mapping[str, Any]) -> Turn:
-    parts, attached = _dicts(turn.get("content")), _dicts(turn.get("attachments"))
+    content, attached = turn.get("content"), _dicts(turn.get("attachments"))
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
     # `text` has a note in the place of each tool, `content` in parts has none
     text = _text(part for part in parts if part.get("type") == "text") or _text([turn.get("text")])
     documents = [_text([each.get("extracted_content")]) for each in attached]
     kinds = [part.get("name") if part.get("name") in CREATED else part.get("type") for part in parts]
     held = [str(kind) for kind in kinds if kind not in ("text", *WORK)]
-    names = [each.get("file_name") for each in attached]  # which stand among `files` too
+    names = {each.get("file_name") for each in attached} - {None, ""}  # which stand among `files` too
     files = [file for file in _dicts(turn.get("files")) if file.get("file_name") not in names]
     held += ["file"] * (len(files) + documents.count(""))
     return Turn(SPEAKERS.get(str(turn.get("sender"))), _text([text, *documents]), next(iter(held), ""))
@@ -113,7 +121,11 @@ def _claude_turn(turn: Mapping[str, Any]) -> Turn:
 def _chatgpt_turn(message: Mapping[str, Any]) -> Turn:
     role = SPEAKERS.get(str(_dict(message.get("author")).get("role")))
     content, notes = _dict(message.get("content")), _dict(message.get("metadata"))
-    kind, parts, to = str(content.get("content_type")), content.get("parts"), str(message.get("recipient") or "all")
+    kind, parts, to = (
+        str(content.get("content_type") or "unknown"),
+        content.get("parts"),
+        str(message.get("recipient") or "all"),
+    )
     if notes.get("is_visually_hidden_from_conversation") or kind == "user_editable_context":
         return Turn(None)
     if to != "all":  # a tool

@@ -40,7 +40,6 @@ SIGNS = {  # how a file begins whose name says another kind, and what it is
     b"PK\x03\x04": "a zip archive; unpack it",
     b"PAR1\x15": PARQUET,
 }
-NUL = "NUL bytes, as of UTF-16; save it as UTF-8"
 DELIMITERS = ",;\t|"  # of a csv
 KEYS_OF_ROWS = ("data", "rows", "examples", "records", "instances")  # beside which a json file may say more
 CHUNK_CHARACTERS = 1500  # characters of a text file that make a row, about
@@ -187,11 +186,18 @@ def _csv_column(cells: Sequence[str]) -> Sequence[Any]:
 
 
 def _text_of(path: Path) -> str:
-    """Return the text of a file; raise a ValueError where it is not in UTF-8, or holds the NULs of UTF-16."""
+    """Return the text of a file; raise a ValueError where it is not in UTF-8, or holds a NUL."""
     data = path.read_bytes()
-    if b"\0" in data:
-        raise ValueError(NUL)
+    if told := _nul_in(data):
+        raise ValueError(told)
     return data.decode("utf-8-sig")
+
+
+def _nul_in(data: bytes) -> str:
+    """Return what is wrong where a text holds NUL bytes, which in UTF-16 are half of it; else nothing."""
+    if 4 * data.count(b"\0") >= len(data) > 0:
+        return "NUL bytes, as of UTF-16; save it as UTF-8"
+    return "a NUL byte, which belongs in no text; remove it" if b"\0" in data else ""
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any] | str]:
@@ -357,15 +363,18 @@ def _key_of_rows(value: dict[str, Any]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _row(entry: Any, held: Counter[str]) -> dict[str, Any] | str:
-    """Return the row of a line or an array's entry, or what is wrong with it; count in `held` what ends exported chats early."""
+def _row(entry: Any, held: Counter[str]) -> dict[str, Any] | str | None:
+    """Return the row of a line or an array's entry, or what is wrong with it; count in `held` what ends exported chats early.
+
+    None for such a chat of which nothing is left.
+    """
     if isinstance(entry, bytes):
         try:
             entry = _parsed(entry.decode("utf-8"))
         except UnicodeDecodeError as error:
             return f"not UTF-8 at byte {error.start}"
         except (json.JSONDecodeError, RecursionError):
-            return NUL if b"\0" in entry else "no complete JSON"
+            return _nul_in(entry) or "no complete JSON"
         except ValueError as error:  # a key that is there twice, a number of thousands of digits
             return str(error)
     if not isinstance(entry, dict) or not entry:
@@ -373,8 +382,10 @@ def _row(entry: Any, held: Counter[str]) -> dict[str, Any] | str:
     turns = exported_turns(entry)
     if turns is not None:
         messages, end = joined_messages(turns)
-        entry = {"messages": messages}
         held.update([end] if end else [])
+        if end and not messages:
+            return None
+        entry = {"messages": messages}
     try:
         json.dumps(entry, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

@@ -498,6 +498,11 @@ def test_what_is_not_read_in_a_folder_is_told_once(tmp_path, capsys):
     assert texts(tmp_path) == ["{}"]
     assert f"not read in {tmp_path}: 2 .docx, 2 .csv, " in capsys.readouterr().out
     (tmp_path / "Tasks.csv").unlink(), (tmp_path / "Books.csv").unlink()
+    for name in ("test.csv", "Tasks.jsonl"):  # which are data sets
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(UserError, match=f"no 'train' in .*{name.partition('.')[0]}"):
+            texts(tmp_path)
+        (tmp_path / name).unlink()
     write_rows(tmp_path / "train-0.jsonl", [{"text": "row"}])
     write_rows(tmp_path / "train-1.jsonl.gz", [{"text": "row"}])
     assert texts(tmp_path) == ["row"]

@@ -223,6 +223,12 @@ def test_texts_in_utf_16_without_its_mark_are_not_read_as_others(tmp_path, name,
     assert str(raised.value) == told
 
 
+def test_one_nul_is_not_taken_for_utf_16(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"from a page\0of a document")
+    with pytest.raises(UserError, match=r"as text \(a NUL byte, which belongs in no text; remove it\)"):
+        read_documents([tmp_path / "a.txt"], "data")
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt", "rows.parquet"])
 def test_what_a_file_is_that_is_named_as_another_kind(tmp_path, name):
     path, rows = tmp_path / name, json.dumps(GOOD).encode()

@@ -1,5 +1,6 @@
 """Values that are not text never become text unseen: files of every kind, fields of every kind, evaluation documents."""
 
+import contextlib
 import copy
 import json
 from decimal import Decimal
@@ -352,7 +353,8 @@ def test_exported_chats_are_conversations(tmp_path, of):
     (tmp_path / "shared_conversations.json").write_text('[{"id": "s"}]')
     found = load_documents(str(tmp_path), subset=None, split="train", where="data", keep_bad=True)
     said = [user("what is 6*7?"), assistant("It is 42.\n\nAnything else?")]
-    assert [row["messages"] for row in found.rows] == [said, [], [], []]
+    empty = {"ChatGPT": 3, "Claude": 2}  # the one that begins with a blank question is no row, but told
+    assert [row["messages"] for row in found.rows] == [said, *[[]] * empty[of]]
     kept = CalibrationSection(path=str(tmp_path))
     assert len(calibration_sources(kept, chat_tokenizer())[0].texts) == 1  # a row without a text is left out
     assert read_documents([tmp_path / "user.json"], "x").rows == [{"id": "me"}]
@@ -400,6 +402,14 @@ SEEN = [HEARD[0], HEARD[1] | {"frames_asset_pointers": [PICTURE]}]
 ASKED = [said("user", "Hi"), said("assistant", "Hello!")]
 REPLY = {"role": "assistant", "content": "You pay 300."}
 PART = [user("Hi"), assistant("Hello!")]
+
+
+def branches(*above):
+    """A chat of two questions with an answer each; which message stands above each of the four."""
+    turns = zip("abcd", above, (turn("human", "Ho"), A, Q, A))
+    return claude(*(each | {"uuid": name, "parent_message_uuid": parent} for name, parent, each in turns))
+
+
 SHOWN = {  # a chat → its messages, and the kind of what ends it early
     "a document alone": (claude(Q, A, turn("human", "") | {"attachments": [LEASE]}, turn("assistant", "You pay 300.")), [*PART, user("The tenant pays 300."), REPLY], None),
     "documents, also named as files": (claude(turn("human", "What?") | {"attachments": [LEASE, LEASE], "files": files("paste.txt")}, turn("assistant", "You pay 300.")), [user("What?" + "\n\nThe tenant pays 300." * 2), REPLY], None),
@@ -409,7 +419,12 @@ SHOWN = {  # a chat → its messages, and the kind of what ends it early
     "a file first": (claude(turn("human", "") | {"files": files("a.png")}, A, Q, A), [], "file"),
     "a blank question": (claude(Q, A, turn("human", ""), turn("assistant", "You pay 300.")), PART, "blank"),
     "an artifact": (claude(Q, A, turn("human", "Write."), turn("assistant", "Here:", tool_use("search")), turn("assistant", "", tool_use("artifacts"))), PART, "artifacts"),
-    "an edited question": (claude(*(each | {"uuid": name, "parent_message_uuid": above} for name, above, each in (("a", "0", turn("human", "Ho")), ("b", "a", A), ("c", "0", Q), ("d", "c", A)))), PART, None),
+    "an edited question": (branches("0", "a", "0", "c"), PART, None),
+    "an edited question, nothing above": (branches(None, "a", None, "c"), PART, None),
+    "no branches": (branches("0", "0", "0", "0"), [user("Ho"), assistant("Hello!"), *PART], None),
+    "a turn that is missing": (branches("0", "a", "b", "lost"), [user("Ho"), assistant("Hello!"), *PART], None),
+    "files without a name": (claude(Q, A, turn("human", "What?") | {"attachments": [LEASE | {"file_name": ""}], "files": [{"file_name": ""}]}, turn("assistant", "300.")), PART, "file"),
+    "a question without content": (chatgpt(*ASKED, said("user", content={"parts": None}), said("assistant", "So.")), PART, "unknown"),
     "a picture alone": (chatgpt(*ASKED, said("user", PICTURE), said("assistant", "A cat.")), PART, "image"),
     "a picture beside a question": (chatgpt(*ASKED, said("user", PICTURE, "What?"), said("assistant", "A cat.")), PART, "image"),
     "a file beside a question": (chatgpt(*ASKED, said("user", "What?", **FILE), said("assistant", "300.")), PART, "file"),
@@ -429,7 +444,8 @@ def test_what_an_exported_chat_shows_is_learned_whole_or_not_at_all(tmp_path, ca
     """No answer without what it answers, none glued to an earlier one; the rest is told."""
     entry, messages, held = SHOWN[chat]
     (tmp_path / "chats.json").write_text(json.dumps([entry]))
-    assert read_documents([tmp_path / "chats.json"], "x").rows == [{"messages": messages}]
+    with contextlib.nullcontext() if messages else pytest.raises(UserError, match="has no documents"):
+        assert read_documents([tmp_path / "chats.json"], "x").rows == [{"messages": messages}]
     told = f"read in chats.json: 1 of 1 chats only up to a turn that is not text alone (1 {held})\n"
     assert capsys.readouterr().out == (told if held else "")
 

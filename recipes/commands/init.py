@@ -24,7 +24,7 @@ from lora_null.recipes.config.schema import (
 )
 from lora_null.recipes.data.calibration import calibration_sources, cut_windows, window_args
 from lora_null.recipes.environment import computes_bf16, precision_line
-from lora_null.recipes.models.bases import Base, load_base, load_tokenizer, open_base
+from lora_null.recipes.models.bases import Base, empty_model, load_base, load_tokenizer, open_base
 from lora_null.recipes.models.quantization import check_stored
 from lora_null.recipes.output import check_place, check_space
 from lora_null.recipes.processes import join_processes
@@ -120,7 +120,7 @@ def _config(arguments: argparse.Namespace) -> LoraNullConfig:
 def _check(base: Base, config: LoraNullConfig, arguments: argparse.Namespace) -> None:
     """Put the adapter on the model without weights, before the model itself is loaded to write texts; look for space."""
     check_stored(base.section, base.config)
-    wrapped = add_adapter(base.empty, copy.deepcopy(config), low_cpu_mem_usage=True)
+    wrapped = add_adapter(empty_model(base.config, base.section), copy.deepcopy(config), low_cpu_mem_usage=True)
     layers = adapted_layers(wrapped, "default")
     check_layers(wrapped, layers)
     size = sum(4 * factor.numel() for layer in layers.values() for factor in factors_of(layer))

@@ -23,6 +23,7 @@ DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", 
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 # Texts about the data beside them.
 DOCUMENTATION_FILES = ("readme", "index", "license", "notice", "citation", "changelog")
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 MAX_LISTED = 6  # kinds of files that are not read
 
 
@@ -105,9 +106,11 @@ def _files_of(folder: Path, split: str, where: str) -> list[Path]:
     named = named or [file for file in others if shards.fullmatch(file.stem)] or others
     chosen = named or list(filter(lies_in_split, data))
     chosen = chosen or [file for file in data if file.stem.startswith("conversations") and is_export(file)]
+    # Beside notes an application exports its databases; a data set is rather one of another split.
+    databases = all(FILE_KINDS[file.suffix.lower()] == "csv" and file.stem not in SPLITS for file in data)
+    if data and not chosen and not (notes and databases):
+        raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
     if not chosen and not notes:
-        if data:
-            raise UserError(f"{where}.split: no {split!r} in {folder}{nearest(split, [file.stem for file in data])}")
         _check_texts(folder, where, tables, texts, unread)
     if not chosen:
         _tell_unread(folder, [*unread, *tables])
