@@ -278,6 +278,11 @@ class Row(BaseModel):
         return self.method.endswith(REPAIRED.format(""))
 
     @property
+    def needed_repair(self) -> bool:
+        """Whether it was repaired because what was trained is beyond its budget."""
+        return self.is_repaired and self.budget is not None and bool(self.budget.weight)
+
+    @property
     def is_beyond_budget(self) -> bool:
         """Whether it forgets more than its budget allows, and nothing that was done kept it."""
         return self.budget is not None and not self.budget.kept
@@ -488,6 +493,11 @@ class Results(BaseModel):
             ", ".join(part for part in own if part not in common.get(row.method, ()))
             for row, own in zip(self.rows, settings)
         ]
+
+    def repaired(self, row: Row) -> Row | None:
+        """Return the row of what was repaired of a trained adapter that is beyond its budget; None for any other row."""
+        name = REPAIRED.format(row.method)
+        return next((r for r in self.rows if r.needed_repair and (r.method, r.variant) == (name, row.variant)), None)
 
     def difference(self, row: int, against: int, metric: str) -> Paired | None:
         """Return the comparison of two rows, as row minus against; None where they were not compared."""

@@ -84,7 +84,8 @@ def next_step(results: Results, output_dir: Path, logs: Sequence[TrainLog]) -> s
             found.append(Advice(1.0, f"Lower the learning rate of {label}: it diverged at step {row.diverged}."))
             continue
         kept = row.budget
-        held = kept is not None and (kept.reached is not None or kept.strength != 1 or bool(kept.weight))
+        held = row.needed_repair or results.repaired(row) is not None
+        held = held or (kept is not None and (kept.reached is not None or kept.strength != 1))
         found += [*_by_dial(dial, row, label), *_by_form(results, row, label)]
         if not held:  # more steps would forget more than is allowed
             found += _by_curve(results, log, label)
