@@ -151,10 +151,19 @@ class Bound(BaseModel):
 
     def told(self, rows: str = "") -> str:
         """Say what is forgotten, on which `rows`, and how much was allowed."""
+        return f"{self.forgotten}{f' on {self.n} {rows}' if rows else ''}, {self.allowed} allowed"
+
+    @property
+    def forgotten(self) -> str:
+        """What is forgotten, as text."""
         change = {"nll": "rise of ", "loss": "rise of ", "kl": "", "forgetting": ""}
         told = f"{change.get(kind_of(self.measure), 'fall of ')}{metric_title(self.measure)} "
-        told += _amount(self.value, self.stderr, self.measure, self.unit) + (f" on {self.n} {rows}" if rows else "")
-        return f"{told}, at most {scale_of(self.unit) * self.at_most:g} allowed"
+        return told + _amount(self.value, self.stderr, self.measure, self.unit)
+
+    @property
+    def allowed(self) -> str:
+        """What is allowed, as text."""
+        return f"at most {scale_of(self.unit) * self.at_most:g}"
 
 
 class Budget(Bound):

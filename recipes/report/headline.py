@@ -230,8 +230,12 @@ def _findings(results: Results) -> list[str]:
 def beyond_budget(results: Results) -> list[str]:
     """The sentence that names the methods whose budget is not kept; empty where there are none."""
     named = zip(results.rows, results.labels())
-    beyond = [f"{label} ({row.budget.told()})" for row, label in named if row.budget and row.is_beyond_budget]
-    return [f"The budget of forgetting is NOT kept by {listed(beyond)}."] if beyond else []
+    beyond = [(label, row.budget) for row, label in named if row.budget and row.is_beyond_budget]
+    allowed = {budget.allowed for _, budget in beyond}
+    alike = len(beyond) > 1 and len(allowed) == 1
+    told = [f"{label} ({budget.forgotten if alike else budget.told()})" for label, budget in beyond]
+    bound = f", where {allowed.pop()} is allowed" if alike else ""
+    return [f"The budget of forgetting is NOT kept by {listed(told)}{bound}."] if beyond else []
 
 
 def left_nothing(row: Row, label: str) -> str:
@@ -295,7 +299,7 @@ def _verdict(
     sentence = f"{labels[best]} {title.lower()}: {detail}{_meanwhile(other, best, against)}."
     detail += f"; paired difference {gap_text(measure.gap(best, against), measure.unit)}"
     beyond = [labels[i] for i in (best, *ties) if results.rows[i].is_beyond_budget]
-    detail += f". The budget of forgetting is NOT kept by {listed(beyond)}" if beyond else ""
+    detail += f". The budget of forgetting is NOT kept by {listed(beyond)}." if beyond else ""
     verb = "is" if len(ties) == 1 else "are"
     tied = f" {listed([labels[i] for i in ties])} {verb} not distinguishable from {labels[best]}." if ties else ""
     return Verdict(title, [best, *ties], detail, sentence, tied + unmeasured, against)
@@ -366,7 +370,9 @@ def _single(results: Results, measure: Measure) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """`names` as words: "a, b and c"."""
+    """`names` as words: "a, b and c", or "a, repaired; b; and c" where some hold a comma."""
+    if len(names) > 1 and any("," in name for name in names):
+        return f"{'; '.join(names[:-1])}; and {names[-1]}"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

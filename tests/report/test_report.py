@@ -623,33 +623,38 @@ def test_the_base_again_did_not_forget_least():
     assert headline(alone) == "LoRA-Null-v1 is the base again: the budget left nothing of its training."
 
 
+@pytest.mark.parametrize("repaired", [False, True])
 @pytest.mark.parametrize("names", [["v2"], ["v1", "v2"]])
-def test_a_budget_that_is_not_kept_is_said_wherever_a_method_is_named(tmp_path, names):
+def test_a_budget_that_is_not_kept_is_said_wherever_a_method_is_named(tmp_path, names, repaired):
     raw_results = measured()
     beyond = {"at_most": 0.01, "value": 0.05, "then": "repair", "weight": 100.0, "steps": 0, "kept": False}
     for row in raw_results["rows"][-len(names) :]:
         row["budget"] = LEFT_NOTHING | beyond
-    told = "NQ KL 0.05 nats per token"
-    each = [f"LoRA-Null-{name} ({told}, at most 0.01 allowed)" for name in names]
-    by = f"The budget of forgetting is NOT kept by {' and '.join(each)}."
+        row["method"] += "-repaired" * repaired
+    told, end = "NQ KL 0.05 nats per token", ", repaired" * repaired
+    labels, join = [f"LoRA-Null-{name}{end}" for name in names], "; and " if repaired else " and "
+    by = f"The budget of forgetting is NOT kept by {labels[-1]} ({told}, at most 0.01 allowed)."
+    if len(names) > 1:
+        each = join.join(f"{label} ({told})" for label in labels)
+        by = f"The budget of forgetting is NOT kept by {each}, where at most 0.01 is allowed."
     said = headline(parsed(raw_results))
-    assert said.startswith(by) and "LoRA-Null-v2 forgot least" in said
+    assert said.startswith(by) and f"LoRA-Null-v2{end} forgot least" in said
     kept, learned = verdicts(parsed(raw_results))
-    assert kept.detail.endswith("The budget of forgetting is NOT kept by LoRA-Null-v2")
+    assert kept.detail.endswith(f". The budget of forgetting is NOT kept by LoRA-Null-v2{end}.")
     assert ("NOT kept by LoRA-Null-v1" in learned.detail) == ("v1" in names)
     alone = parsed(raw_results | {"rows": raw_results["rows"][::3]})
-    assert headline(alone).startswith("The budget of forgetting is NOT kept by LoRA-Null-v2 (")
+    assert headline(alone).startswith(f"The budget of forgetting is NOT kept by LoRA-Null-v2{end} (")
     html, md = write(tmp_path, raw_results)
-    them = " and ".join(f"LoRA-Null-{name}" for name in names)
+    them = join.join(labels)
     next_step = (
         f"The budget of forgetting is NOT kept by {them}: lower training.learning_rate, calibrate on more texts"
     )
     assert f"<strong>Next:</strong> {next_step}" in html and "budget.then=scale" in md
     assert f"**Next:** {escape_markdown(next_step)}" in md
-    for name in names:
+    for label in labels:
         account = f"{told} on 9 rows that no probe used, at most 0.01 allowed (repaired at weight 100)."
-        assert f"<strong>LoRA-Null-{name}: the budget is NOT kept</strong>, {account}" in html
-        assert f"- **LoRA-Null-{name}: the budget is NOT kept**, {account}" in md
+        assert f"<strong>{label}: the budget is NOT kept</strong>, {account}" in html
+        assert f"- **{label}: the budget is NOT kept**, {account}" in md
 
 
 def test_the_base_again_has_no_mark_and_no_place_among_the_distances():
