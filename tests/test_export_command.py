@@ -33,7 +33,7 @@ from lora_null.recipes.__main__ import main as recipes
 from lora_null.recipes.commands import export as command
 from lora_null.recipes.models import bases
 from lora_null.recipes.results import Budget, Row, write_row
-from lora_null.recipes.trained import find_trained
+from lora_null.recipes.trained import Trained, find_trained
 from lora_null.utils.errors import UserError
 from lora_null.utils.files import beside, check_free, replacing_folder, write_safetensors
 
@@ -698,11 +698,13 @@ def test_an_adapter_beyond_its_runs_budget_is_told_with_the_one_that_keeps_it(tm
     held = Budget(**held, strength=1, weight=weight, kept=kept)
     write_row(tmp_path / "lora-repaired", Row(method="lora-repaired", budget=held))
     base = SimpleNamespace(section=SimpleNamespace(dtype="float32"))
-    source = SimpleNamespace(run=tmp_path, method="lora", elsewhere=None, base=base)
-    made = command.Export(source, "adapter", tmp_path / "out", "base", strength=strength)
-    command._note_budget(made)
-    told = f"This adapter is beyond the run's budget of forgetting; lora-repaired {said}."
-    assert made.notes == ([told] if said else [])
+    told = "This adapter is beyond the run's budget of forgetting"
+    of_repaired = [f"{told}: a KL 0 nats per token, at most 0.1 allowed."] * (not kept)
+    for method, notes in (("lora", [f"{told}; lora-repaired {said}."] * bool(said)), ("lora-repaired", of_repaired)):
+        source = Trained(tmp_path, method, "adapter", {}, base)
+        made = command.Export(source, "adapter", tmp_path / "out", "base", strength=strength)
+        command._note_budget(made)
+        assert made.notes == notes
 
 
 def test_an_out_that_cannot_be_replaced_is_told_before_the_work(tmp_path, monkeypatch):

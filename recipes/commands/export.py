@@ -198,13 +198,16 @@ def _note_base(export: Export) -> None:
 
 
 def _note_budget(export: Export) -> None:
-    """Say where the run has repaired this adapter because it is beyond its budget."""
+    """Say where what is exported is beyond its run's budget: as it was saved, or before the run has repaired it."""
     source = export.source
-    name = REPAIRED.format(source.method)
-    row = None if source.elsewhere or export.strength < 1 else read_row(source.run / name)
-    if row and row.budget and row.budget.weight:
-        keeps = "keeps it" if row.budget.kept else "does not keep it either"
-        export.notes.append(f"This adapter is beyond the run's budget of forgetting; {name} {keeps}.")
+    if source.elsewhere or export.strength < 1:
+        return
+    beyond = f"This {source.kind} is beyond the run's budget of forgetting"
+    own, name = read_row(source.home), REPAIRED.format(source.method)
+    if own and own.budget and own.is_beyond_budget:
+        export.notes.append(f"{beyond}: {own.budget.told()}.")
+    elif (row := read_row(source.run / name)) and row.needed_repair:
+        export.notes.append(f"{beyond}; {name} {'does not keep it either' if row.is_beyond_budget else 'keeps it'}.")
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
