@@ -19,7 +19,7 @@ from lora_null.recipes.report import render
 from lora_null.recipes.report.dial import read_dial
 from lora_null.recipes.report.headline import left_nothing
 from lora_null.recipes.report.table import build_table, escape_markdown
-from lora_null.recipes.results import RESULTS_FILE, Results, Row, display_name, load_results
+from lora_null.recipes.results import REPAIRED, RESULTS_FILE, Results, Row, display_name, load_results, read_row
 from lora_null.recipes.trained import QUANTIZED_NOTE, Trained
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.files import read_json, write_text
@@ -58,7 +58,7 @@ def write_run_card(folder: Path, recipe: Recipe, plan: MethodPlan, results: Resu
     config = kept / CONFIG_FILE  # of an adapter
     quantized = recipe.model.quantization and f"{QUANTIZED_NOTE.format(recipe.model.quantization).capitalize()}."
     name, form = recipe.model.name_or_path, "adapter" if plan.saves == "adapter" else "merged"
-    notes = [*filter(None, [quantized]), *(_kept_of(results.rows[-1]) if results else ())]
+    notes = [*filter(None, [quantized]), *(_kept_of(results.rows[-1], folder) if results else ())]
     shown = {
         "terms": license_of(name, Path(name) / CARD_FILE),
         "rank": read_json(config).get("r") if config.is_file() else None,
@@ -83,11 +83,14 @@ def _where(place: Path, kept: Path, plain: bool) -> str:
     return f"{found}{exports}."
 
 
-def _kept_of(row: Row) -> list[str]:
-    """Say what a budget of forgetting has left of a method."""
+def _kept_of(row: Row, folder: Path) -> list[str]:
+    """Say what a budget of forgetting has left of a method, whose folder may lie beside that of its repaired adapter."""
     told = [left_nothing(row, display_name(row.method))]
     if row.budget:
         told.append(f"The budget of forgetting{'' if row.budget.kept else ' is NOT kept'}: {row.budget.account()}.")
+    repaired = read_row(folder.with_name(REPAIRED.format(folder.name)))
+    if repaired and repaired.needed_repair:
+        told.append(f"This adapter is beyond the run's budget of forgetting; {repaired.method} {repaired.keeps}.")
     return [escape_markdown(said) for said in told if said]
 
 

@@ -292,6 +292,11 @@ class Row(BaseModel):
         return self.is_repaired and self.budget is not None and bool(self.budget.weight)
 
     @property
+    def keeps(self) -> str:
+        """Whether a repaired adapter keeps the budget that the trained one is beyond, in words."""
+        return "does not keep it either" if self.is_beyond_budget else "keeps it"
+
+    @property
     def is_beyond_budget(self) -> bool:
         """Whether it forgets more than its budget allows, and nothing that was done kept it."""
         return self.budget is not None and not self.budget.kept

@@ -322,6 +322,15 @@ def test_the_cards_of_a_run_tell_of_the_budget_and_of_no_folder_of_this_machine(
     rows[1].budget.kept = False
     write_run_card(home, load_recipe("quickstart", []), plan, Results(recipe="r", model="m", rows=rows))
     assert "The budget of forgetting is NOT kept: " in (home / "README.md").read_text()
+    repaired = Row(method="lora-repaired", budget=rows[1].budget.model_copy(update={"weight": 0.1, "kept": True}))
+    write_row(tmp_path / "run" / "lora-repaired", repaired)
+    write_run_card(
+        home, load_recipe("quickstart", []), plan, Results(recipe="r", model="m", rows=[rows[0], Row(method="lora")])
+    )
+    assert (
+        "This adapter is beyond the run's budget of forgetting; lora-repaired keeps it."
+        in (home / "README.md").read_text()
+    )
 
 
 def test_a_card_names_a_relative_path_as_the_whole_one_of_a_run_that_goes_on(tmp_path, monkeypatch):

@@ -207,7 +207,7 @@ def _note_budget(export: Export) -> None:
     if own and own.budget and own.is_beyond_budget:
         export.notes.append(f"{beyond}: {own.budget.told()}.")
     elif (row := read_row(source.run / name)) and row.needed_repair:
-        export.notes.append(f"{beyond}; {name} {'does not keep it either' if row.is_beyond_budget else 'keeps it'}.")
+        export.notes.append(f"{beyond}; {name} {row.keeps}.")
 
 
 def _check_options(arguments: argparse.Namespace) -> None:

@@ -296,13 +296,29 @@ def _verdict(
     against = next((i for i in beaten if results.rows[i].method == "lora"), beaten[0])
     detail = f"{measure.title} {measure.text(best)} against {labels[against]}'s {measure.text(against)}"
     detail += _times_less(measure, best, against)
-    sentence = f"{labels[best]} {title.lower()}: {detail}{_meanwhile(other, best, against)}."
+    repaired = _before_repair(results, best)
+    sentence = f"{labels[best]}{f' ({repaired})' if repaired else ''} {title.lower()}: {detail}{_meanwhile(other, best, against)}."
     detail += f"; paired difference {gap_text(measure.gap(best, against), measure.unit)}"
-    beyond = [labels[i] for i in (best, *ties) if results.rows[i].is_beyond_budget]
-    detail += f". The budget of forgetting is NOT kept by {listed(beyond)}." if beyond else ""
+    of_budget = _of_budget(results, (best, *ties))
+    detail = " ".join([f"{detail}.", *of_budget]) if of_budget else detail
     verb = "is" if len(ties) == 1 else "are"
     tied = f" {listed([labels[i] for i in ties])} {verb} not distinguishable from {labels[best]}." if ties else ""
     return Verdict(title, [best, *ties], detail, sentence, tied + unmeasured, against)
+
+
+def _of_budget(results: Results, rows: Sequence[int]) -> list[str]:
+    """What a card that names these rows says of the budget; empty where all keep it."""
+    labels = results.labels()
+    beyond = [labels[i] for i in rows if results.rows[i].is_beyond_budget]
+    said = [f"The budget of forgetting is NOT kept by {listed(beyond)}."] if beyond else []
+    return said + [f"{labels[i]} is {told}." for i in rows if (told := _before_repair(results, i))]
+
+
+def _before_repair(results: Results, i: int) -> str:
+    """That row `i` is beyond the budget, and whether what was repaired of it keeps it; empty where nothing was."""
+    repaired = results.repaired(results.rows[i])
+    label = repaired and results.labels()[results.rows.index(repaired)]
+    return f"beyond the budget; {label} {repaired.keeps}" if repaired else ""
 
 
 def _not_above_base(measure: Measure, best: int) -> bool:

@@ -657,6 +657,24 @@ def test_a_budget_that_is_not_kept_is_said_wherever_a_method_is_named(tmp_path, 
         assert f"- **{label}: the budget is NOT kept**, {account}" in md
 
 
+@pytest.mark.parametrize("kept, keeps", [(True, "keeps it"), (False, "does not keep it either")])
+def test_a_trained_adapter_beyond_the_budget_is_named_with_its_repaired_one(kept, keeps):
+    raw_results = raw(
+        base=kl(0.0, 0.0) | nll(1.530),
+        lora=kl(0.127) | nll(0.982),
+        lora_null_v1=kl(0.119) | nll(0.890),
+        lora_null_v1_repaired=kl(0.049, 0.004) | nll(0.957),
+    )
+    held = {"at_most": 0.05, "value": 0.04, "then": "repair", "weight": 0.1, "steps": 0, "kept": kept}
+    raw_results["rows"][3]["budget"] = LEFT_NOTHING | held
+    beyond, results = f"beyond the budget; LoRA-Null-v1, repaired {keeps}", parsed(raw_results)
+    assert f"LoRA-Null-v1 ({beyond}) learned most: " in headline(results)
+    least, most = verdicts(results)
+    assert most.detail.endswith(f". LoRA-Null-v1 is {beyond}.") and "beyond" not in least.detail
+    del raw_results["rows"][3]["budget"]["weight"]  # of a run that has not repaired because of the budget
+    assert "beyond the budget" not in headline(parsed(raw_results))
+
+
 def test_the_base_again_has_no_mark_and_no_place_among_the_distances():
     raw_results = measured(lora_null_v1=kl(0.0, 0.0) | nll(1.530))
     for i in (2, 1):  # then LoRA too, from which distances are counted
