@@ -141,7 +141,9 @@ def test_parquet_arrays_texts_and_folders(world):
     Path("rows").mkdir()
     for i in range(45):
         Path(f"rows/{i}.md").write_text(f"# Town {i}\n\n" + "The mill was built in 1832. " * 5)
-    Path("rows/test.csv").write_text("task;done\n1;2\n")  # not what is measured
+    Path("rows/test.csv").write_text("task;done\n1;2\n")
+    make(data="rows", code=2)  # what is to be learned?
+    Path("rows/test.csv").rename("rows/Tasks.csv")
     recipe = make(data="rows")
     assert (recipe.data.text, recipe.data.limit, recipe.eval.task[0].split) == ("text", 41, "train")
     assert (recipe.eval.task[0].prompt, recipe.eval.task[0].response) == ("beginning", "ending")
