@@ -12,14 +12,8 @@ from lora_null.utils.values import is_conversation
 
 SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant"}  # in exported chats, and their roles here
 SHOWN = ("text", "multimodal_text")  # what ChatGPT shows as text
-WORK = (
-    "thinking",
-    "redacted_thinking",
-    "tool_use",
-    "tool_result",
-    "token_budget",
-    "flag",
-)  # how Claude comes to its answer
+# how Claude comes to its answer
+WORK = ("thinking", "redacted_thinking", "tool_use", "tool_result", "token_budget", "flag")
 CREATED = ("artifacts", "create_file", "present_files", "canmore")  # tools whose results are shown beside the chat
 # what Claude writes in the place of a tool's call
 UNSHOWN = re.compile(r"(?:```\s*)?This block is not supported on your current device yet\.(?:\s*```)?")
@@ -121,23 +115,21 @@ def _claude_turn(turn: Mapping[str, Any]) -> Turn:
 def _chatgpt_turn(message: Mapping[str, Any]) -> Turn:
     role = SPEAKERS.get(str(_dict(message.get("author")).get("role")))
     content, notes = _dict(message.get("content")), _dict(message.get("metadata"))
-    kind, parts, to = (
-        str(content.get("content_type") or "unknown"),
-        content.get("parts"),
-        str(message.get("recipient") or "all"),
-    )
+    kind, to = str(content.get("content_type") or "unknown"), str(message.get("recipient") or "all")
     if notes.get("is_visually_hidden_from_conversation") or kind == "user_editable_context":
         return Turn(None)
     if to != "all":  # a tool
         return Turn(None, held=tool if (tool := to.partition(".")[0]) in CREATED else "")
     if kind not in SHOWN:
         return Turn(role, held=kind if role == "user" else "")
-    others = [part for part in _dicts(parts) if part and not isinstance(part.get("text"), str)]
-    if any(part.get("content_type") == "audio_transcription" for part in _dicts(parts)):
+    parts = content["parts"] if isinstance(content.get("parts"), list) else []
+    objects = list(filter(None, _dicts(parts)))
+    others = [part for part in objects if not isinstance(part.get("text"), str)]
+    if any(part.get("content_type") == "audio_transcription" for part in objects):
         others = [part for part in others if not _is_sound(part)]
     held = [str(part.get("content_type")).removesuffix("_asset_pointer") for part in others]
     held += ["file"] * len(_dicts(notes.get("attachments")))
-    return Turn(role, _text(parts if isinstance(parts, list) else []), next(iter(held), ""))
+    return Turn(role, _text(parts), next(iter(held), ""))
 
 
 def _is_sound(part: Mapping[str, Any]) -> bool:

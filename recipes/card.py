@@ -19,7 +19,15 @@ from lora_null.recipes.report import render
 from lora_null.recipes.report.dial import read_dial
 from lora_null.recipes.report.headline import left_nothing
 from lora_null.recipes.report.table import build_table, escape_markdown
-from lora_null.recipes.results import REPAIRED, RESULTS_FILE, Results, Row, display_name, load_results, read_row
+from lora_null.recipes.results import (
+    RESULTS_FILE,
+    Results,
+    Row,
+    display_name,
+    load_results,
+    shareable,
+    told_of_repair,
+)
 from lora_null.recipes.trained import QUANTIZED_NOTE, Trained
 from lora_null.trainer.methods import METHODS
 from lora_null.utils.files import read_json, write_text
@@ -88,9 +96,7 @@ def _kept_of(row: Row, folder: Path) -> list[str]:
     told = [left_nothing(row, display_name(row.method))]
     if row.budget:
         told.append(f"The budget of forgetting{'' if row.budget.kept else ' is NOT kept'}: {row.budget.account()}.")
-    repaired = read_row(folder.with_name(REPAIRED.format(folder.name)))
-    if repaired and repaired.needed_repair:
-        told.append(f"This adapter is beyond the run's budget of forgetting; {repaired.method} {repaired.keeps}.")
+    told.append(told_of_repair(folder))
     return [escape_markdown(said) for said in told if said]
 
 
@@ -209,15 +215,6 @@ def data_lines(recipe: dict[str, Any]) -> list[str]:
 def _entry_name(entry: dict[str, Any]) -> str:
     name = str(entry.get("answers") or entry.get("task") or next(iter(entry.values())))
     return f"{name} ({entry['path']})" if entry.get("path") else name
-
-
-def shareable(value: Any) -> Any:
-    """Return a recipe in which files of this machine are called by their names alone."""
-    if isinstance(value, dict):
-        return {key: shareable(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [shareable(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def results_table(source: Trained, strength: float = 1.0) -> Any:

@@ -30,9 +30,8 @@ VARIABLES = (
     ("NNODES", "NODE_RANK", "MASTER_ADDR"),
 )
 PORT = "29500"
-SECONDS_TO_SAVE = (
-    "600"  # torch kills its processes 30 s after a SIGTERM otherwise (2.11 always), in the midst of a large checkpoint
-)
+# torch kills its processes 30 s after a SIGTERM otherwise (2.11 always), in the midst of a large checkpoint
+SECONDS_TO_SAVE = "600"
 
 
 def machines(environment: Mapping[str, str]) -> tuple[int, int, str]:

@@ -15,13 +15,12 @@ from lora_null.adapters.repair import REPAIR_NOTE, Repair, repair
 from lora_null.adapters.saved import SavedAdapter
 from lora_null.layer import adapted_layers
 from lora_null.recipes.budget import repair_to_budget
-from lora_null.recipes.card import shareable
 from lora_null.recipes.config.load import whole_path
 from lora_null.recipes.config.schema import CalibrationSection, Recipe
 from lora_null.recipes.data.examples import Example
 from lora_null.recipes.job import Job
 from lora_null.recipes.measure import budget_measurement
-from lora_null.recipes.results import Budget
+from lora_null.recipes.results import Budget, shareable
 from lora_null.recipes.training import trained_ids
 from lora_null.utils.files import write_json, write_safetensors
 

@@ -473,7 +473,7 @@ class Results(BaseModel):
     @property
     def model_title(self) -> str:
         """The model's id, or the name of its folder, without the folders of this machine."""
-        return Path(self.model).name if Path(self.model).is_absolute() else self.model
+        return shareable(self.model)
 
     @property
     def of_several_runs(self) -> bool:
@@ -645,9 +645,26 @@ def read_row(folder: Path) -> Row | None:
     return validated(Row, read_json(path), str(path)) if path.is_file() else None
 
 
+def told_of_repair(folder: Path) -> str:
+    """Say of the adapter in METHOD that it is beyond its run's budget, where the run has repaired it; empty elsewhere."""
+    row = read_row(folder.with_name(REPAIRED.format(folder.name)))
+    if row is None or not row.needed_repair:
+        return ""
+    return f"This adapter is beyond the run's budget of forgetting; {row.method} {row.keeps}."
+
+
 def write_row(folder: Path, row: Row) -> None:
     """Write METHOD/row.json, which stands for a finished method."""
     write_json(folder / ROW_FILE, row.model_dump(exclude_unset=True))
+
+
+def shareable(value: Any) -> Any:
+    """Return a recipe, or a part of one, in which files of this machine are called by their names alone."""
+    if isinstance(value, dict):
+        return {key: shareable(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [shareable(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def validated(kind: type[BaseModel], raw: Any, where: str) -> Any:

@@ -39,7 +39,7 @@ from lora_null.recipes.measure import budget_measurement, evaluate_base
 from lora_null.recipes.models import smollm2
 from lora_null.recipes.models.bases import PROCESSOR, add_eos_id, load_tokenizer
 from lora_null.recipes.output import check_place, check_space
-from lora_null.recipes.results import REPAIRED, read_row
+from lora_null.recipes.results import read_row, told_of_repair
 from lora_null.recipes.trained import (
     QUANTIZED_NOTE,
     Trained,
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--form {arguments.form}: {source.method} trains whole weights; only --form merged exports it"
         )
-    if source.kind == "adapter":
+    if source.kind == "adapter" or (arguments.strength, arguments.max_forgetting) != (None, None):
         check_adapter_fits(source)
     if arguments.rank is not None:
         check_rank(source.adapter.pairs(), arguments.rank)
@@ -155,7 +155,6 @@ def _strength(source: Trained, arguments: argparse.Namespace) -> tuple[float, st
     """Return the strength that was asked for, or the largest that keeps --max-forgetting, and what to say of it."""
     if arguments.strength is None and arguments.max_forgetting is None:
         return 1.0, None
-    check_adapter_fits(source)
     value, measured = arguments.strength, ""
     if value is None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -202,12 +201,11 @@ def _note_budget(export: Export) -> None:
     source = export.source
     if source.elsewhere or export.strength < 1:
         return
-    beyond = f"This {source.kind} is beyond the run's budget of forgetting"
-    own, name = read_row(source.home), REPAIRED.format(source.method)
+    own = read_row(source.home)
     if own and own.budget and own.is_beyond_budget:
-        export.notes.append(f"{beyond}: {own.budget.told()}.")
-    elif (row := read_row(source.run / name)) and row.needed_repair:
-        export.notes.append(f"{beyond}; {name} {row.keeps}.")
+        export.notes.append(f"This {source.kind} is beyond the run's budget of forgetting: {own.budget.told()}.")
+    elif told := told_of_repair(source.home):
+        export.notes.append(told)
 
 
 def _check_options(arguments: argparse.Namespace) -> None:

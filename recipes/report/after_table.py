@@ -14,7 +14,7 @@ from lora_null.eval_harness.probe import PREFIX, SECONDS
 from lora_null.eval_harness.results import Metric
 from lora_null.recipes.report.dial import Dial, dial_picture, dial_summary, read_dial, table_rows
 from lora_null.recipes.report.figures import row_colors
-from lora_null.recipes.report.headline import listed, times
+from lora_null.recipes.report.headline import listed, not_kept_by, times
 from lora_null.recipes.report.table import ARROWS, format_column, metric_title, scale_of
 from lora_null.recipes.results import Estimate, Results, Row, Run, TrainLog, display_name, kind_of, settings_text
 
@@ -128,8 +128,7 @@ def _to_keep_the_budget(results: Results) -> str:
     ways.append("allow more (--max-forgetting)")
     if any(budget.then == "repair" for _, budget in beyond):
         ways.append("have the strength lowered until it is kept (budget.then=scale)")
-    them = listed([label for label, _ in beyond])
-    return f"The budget of forgetting is NOT kept by {them}: {', '.join(ways[:-1])}, or {ways[-1]}."
+    return f"{not_kept_by([label for label, _ in beyond])}: {', '.join(ways[:-1])}, or {ways[-1]}."
 
 
 def _by_dial(dial: Dial | None, row: Row, label: str) -> list[Advice]:

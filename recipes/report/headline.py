@@ -235,7 +235,12 @@ def beyond_budget(results: Results) -> list[str]:
     alike = len(beyond) > 1 and len(allowed) == 1
     told = [f"{label} ({budget.forgotten if alike else budget.told()})" for label, budget in beyond]
     bound = f", where {allowed.pop()} is allowed" if alike else ""
-    return [f"The budget of forgetting is NOT kept by {listed(told)}{bound}."] if beyond else []
+    return [f"{not_kept_by(told)}{bound}."] if beyond else []
+
+
+def not_kept_by(names: list[str]) -> str:
+    """Begin the sentence that the budget of forgetting is not kept by these."""
+    return f"The budget of forgetting is NOT kept by {listed(names)}"
 
 
 def left_nothing(row: Row, label: str) -> str:
@@ -310,15 +315,16 @@ def _of_budget(results: Results, rows: Sequence[int]) -> list[str]:
     """What a card that names these rows says of the budget; empty where all keep it."""
     labels = results.labels()
     beyond = [labels[i] for i in rows if results.rows[i].is_beyond_budget]
-    said = [f"The budget of forgetting is NOT kept by {listed(beyond)}."] if beyond else []
+    said = [f"{not_kept_by(beyond)}."] if beyond else []
     return said + [f"{labels[i]} is {told}." for i in rows if (told := _before_repair(results, i))]
 
 
 def _before_repair(results: Results, i: int) -> str:
     """That row `i` is beyond the budget, and whether what was repaired of it keeps it; empty where nothing was."""
     repaired = results.repaired(results.rows[i])
-    label = repaired and results.labels()[results.rows.index(repaired)]
-    return f"beyond the budget; {label} {repaired.keeps}" if repaired else ""
+    if repaired is None:
+        return ""
+    return f"beyond the budget; {results.labels()[results.rows.index(repaired)]} {repaired.keeps}"
 
 
 def _not_above_base(measure: Measure, best: int) -> bool:
